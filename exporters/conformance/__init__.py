@@ -1,0 +1,1 @@
+"""Independent readers of exported files, each in a process of its own."""

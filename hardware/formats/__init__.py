@@ -1,0 +1,1 @@
+"""Reading and verifying what comes from outside, with size limits before parsing."""

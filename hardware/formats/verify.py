@@ -1,0 +1,116 @@
+"""Re-checks a bundle: every file of it that can be run here must leave the golden traces. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from hardware.formats.bundle import NIR_CUBA_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, Bundle, Golden
+from hardware.formats.network_file import JSON_FILE
+from hardware.network import SEMANTICS_VERSION
+from hardware.trace import Trace, compare_traces
+
+Run = Callable[[Bundle, Golden], tuple[Trace, str]]
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One file, read and run by one reader.
+
+    Attributes:
+        mismatched_spikes, mismatched_membranes, mismatched_readouts: values that differ from the golden
+            trace; None where the reader does not expose them.
+        seconds: reading and running.
+    """
+
+    file: str
+    reader: str
+    version: str
+    samples: int
+    mismatched_spikes: int | None
+    mismatched_membranes: int | None
+    mismatched_readouts: int
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.mismatched_spikes or self.mismatched_membranes or self.mismatched_readouts)
+
+
+def verify_bundle(bundle: Bundle) -> list[VerifyRow]:
+    """Run the golden inputs through every file of the bundle that has a reader here.
+
+    Raises:
+        SpikeguardError: if a file cannot be read or run.
+    """
+    golden = bundle.golden
+    rows = []
+    for file, reader, run in READERS:
+        if file not in bundle:
+            continue
+        start = time.perf_counter()
+        trace, version = run(bundle, golden)
+        seconds = time.perf_counter() - start
+        difference = compare_traces(golden.trace, trace)
+        rows.append(
+            VerifyRow(
+                file,
+                reader,
+                version,
+                golden.trace.samples,
+                difference.spikes,
+                difference.membranes,
+                difference.readouts,
+                seconds,
+            )
+        )
+    return rows
+
+
+def _reference(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+    from hardware.reference import run_reference
+
+    return run_reference(bundle.network, golden.codes), SEMANTICS_VERSION
+
+
+def _emulator(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+    from hardware.emulator import run_emulator
+
+    return run_emulator(bundle.network, golden.codes, "traces"), SEMANTICS_VERSION
+
+
+def _nir(file: str) -> Run:
+    def run(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+        from hardware.formats.nir_file import read_nir
+        from hardware.reference import run_reference
+
+        return run_reference(read_nir(bundle.file(file)), golden.codes), metadata.version("nir")
+
+    return run
+
+
+def _onnx(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+    from hardware.runtimes.onnxruntime import OnnxRuntime
+
+    runtime = OnnxRuntime(bundle.file(ONNX_FILE))
+    return runtime.run(golden.codes), runtime.version
+
+
+def _onnx_step(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+    from hardware.runtimes.onnxruntime import load_model, run_steps
+
+    model = load_model(bundle.file(ONNX_STEP_FILE), "step")
+    return run_steps(model, golden.codes, "traces"), metadata.version("onnxruntime")
+
+
+READERS: tuple[tuple[str, str, Run], ...] = (
+    (JSON_FILE, "reference", _reference),
+    (JSON_FILE, "emulator", _emulator),
+    (NIR_FILE, "nir + reference", _nir(NIR_FILE)),
+    (NIR_CUBA_FILE, "nir + reference", _nir(NIR_CUBA_FILE)),
+    (ONNX_FILE, "onnxruntime", _onnx),
+    (ONNX_STEP_FILE, "onnxruntime", _onnx_step),
+)

@@ -1,0 +1,1 @@
+"""Runtimes: everything that can run a deployed network, behind one protocol."""

@@ -1,0 +1,52 @@
+"""Dying with the caller: nothing this process starts or shares outlives the supervisor that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import multiprocessing.shared_memory
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+PR_SET_PDEATHSIG = 1
+PARENT_POLL_SECONDS = 0.2
+RANDOM_NAME_CHARACTERS = 16
+# Group, folder and two beginnings of names. Run in a session of its own, it lives to remove what the killed
+# processes can no longer add to.
+CLEAN_UP = 'kill -s KILL -- "-$1"; rm -rf -- "$2" "$3"* "$4"*'
+
+
+def name_shared_memory(prefix: str) -> None:
+    """Make all shared blocks and semaphores of this process and its children start with ``prefix``."""
+    multiprocessing.shared_memory._SHM_NAME_PREFIX = f"/{prefix}-"
+    multiprocessing.shared_memory._SHM_SAFE_NAME_LENGTH = len(prefix) + 2 + RANDOM_NAME_CHARACTERS
+    multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"
+
+
+def die_with_parent(parent: int, prefix: str, folder: Path) -> None:
+    """End this process group, and remove what it left, as soon as process ``parent`` is gone.
+
+    Forked children ask the kernel to be killed with this process; a thread here watches the parent, which
+    covers a parent that was killed with no chance to clean up. It polls, because a pipe from the parent would
+    stay open in whatever else the parent forked.
+    """
+    os.register_at_fork(after_in_child=_be_killed_with_parent)
+    threading.Thread(target=_watch, args=(parent, prefix, folder), daemon=True).start()
+
+
+def _be_killed_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _watch(parent: int, prefix: str, folder: Path) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    arguments = (str(os.getpgrp()), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
+    subprocess.Popen(["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments], start_new_session=True)

@@ -1,0 +1,65 @@
+"""Opening a bundle on a runtime, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hardware.errors import SpikeguardError
+from hardware.formats.bundle import NETX_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, Bundle
+from hardware.runtimes.protocol import Runtime
+
+
+def _reference(bundle: Bundle) -> Runtime:
+    from hardware.runtimes.reference import ReferenceRuntime
+
+    return ReferenceRuntime(bundle.network)
+
+
+def _emulator(bundle: Bundle) -> Runtime:
+    from hardware.runtimes.emulator import EmulatorRuntime
+
+    return EmulatorRuntime(bundle.network)
+
+
+def _lava(bundle: Bundle) -> Runtime:
+    from hardware.formats.nir_file import read_nir
+    from hardware.runtimes.lava import LavaRuntime
+
+    return LavaRuntime(read_nir(bundle.file(NIR_FILE)))
+
+
+def _netx(bundle: Bundle) -> Runtime:
+    from hardware.runtimes.lava import NetxRuntime
+
+    return NetxRuntime(bundle.file(NETX_FILE), bundle.network)
+
+
+def _onnxruntime(bundle: Bundle) -> Runtime:
+    from hardware.runtimes.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime(bundle.file(ONNX_FILE), bundle.file(ONNX_STEP_FILE))
+
+
+# Imports happen on opening, so that a runtime's software is needed only by those who use it.
+RUNTIMES: Mapping[str, Callable[[Bundle], Runtime]] = {
+    "reference": _reference,
+    "emulator": _emulator,
+    "lava": _lava,
+    "netx": _netx,
+    "onnxruntime": _onnxruntime,
+}
+
+
+def open_runtime(name: str, bundle: Bundle) -> Runtime:
+    """The bundle's file for a runtime, loaded there.
+
+    Args:
+        name: a key of ``RUNTIMES``. Lava runs what it finds in ``model.nir``, netx ``model.net``, ONNX Runtime
+            ``model.onnx``; reference and emulator the integer network.
+
+    Raises:
+        SpikeguardError: if there is no such runtime, or its software or file is missing.
+    """
+    if name not in RUNTIMES:
+        raise SpikeguardError(f"there is no runtime {name!r}; choose among {', '.join(RUNTIMES)}")
+    return RUNTIMES[name](bundle)

@@ -1,0 +1,1 @@
+"""Targets: limits as named constants, rules whose name is the rule."""

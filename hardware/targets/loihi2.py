@@ -1,0 +1,125 @@
+"""Loihi 2: the limits of its fixed-point neurons and synapses, as Lava simulates them.
+
+Lava does not enforce these widths; a network that breaks them runs there and is wrong on the chip, or wraps
+without a word in the simulation. So they are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hardware.bounds import WRAP_LIMIT, current_bounds, readout_bounds, readout_cannot_saturate, synaptic_bounds
+from hardware.network import DECAY_UNITY, STATE_LIMIT, IntegerNetwork
+from hardware.targets.rules import Breach, Target, check
+
+MAX_VTH_MANTISSA = 2**17 - 1
+MAX_BIAS = 4095
+"""A 13-bit mantissa with exponent 6, so that a bias counts in weight units."""
+WEIGHT_BITS = 8
+MIN_DENSE_WEIGHT, MAX_DENSE_WEIGHT = -256, 254
+"""Mixed-sign dense weights lose their lowest bit: only even ones exist."""
+MIN_WEIGHT_MANTISSA, MAX_WEIGHT_MANTISSA = -(2 ** (WEIGHT_BITS - 1)), 2 ** (WEIGHT_BITS - 1) - 1
+DECAY_BITS = 12
+NEURONS_PER_CORE = 8192
+CORES = 128
+
+__all__ = ["LOIHI2", "MAX_BIAS", "MAX_VTH_MANTISSA", "check"]
+
+
+def membranes_reset_to_zero(network: IntegerNetwork) -> Iterator[Breach]:
+    """Stock neurons forget the membrane on a spike; none subtracts the threshold."""
+    for p in network.populations:
+        if p.spiking and p.reset != "zero":
+            remedy = "train and convert with reset to zero"
+            yield Breach(p.name, f'reset "{p.reset}"', 'reset "zero"', remedy)
+
+
+def thresholds_fit_17_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """The threshold mantissa is unsigned with 17 bits."""
+    for p in network.populations:
+        if p.spiking and p.threshold > MAX_VTH_MANTISSA:
+            yield Breach(p.name, str(p.threshold), f"0..{MAX_VTH_MANTISSA}", "lower the population's scale")
+
+
+def biases_fit_13_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """The bias mantissa is signed with 13 bits; its exponent 6 makes it count in weight units."""
+    for p in network.populations:
+        low, high = int(p.bias.min()), int(p.bias.max())
+        if max(-low, high) > MAX_BIAS:
+            remedy = "lower the population's scale, or carry the bias by a constant input channel"
+            yield Breach(p.name, f"{low}..{high}", f"-{MAX_BIAS}..{MAX_BIAS}", remedy)
+
+
+def conv_weights_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """A convolution's mantissas are signed with 8 bits."""
+    for s in network.synapses:
+        if s.kind == "conv":
+            low, high = int(s.weight.min()) >> s.exponent, int(s.weight.max()) >> s.exponent
+            if low < MIN_WEIGHT_MANTISSA or high > MAX_WEIGHT_MANTISSA:
+                limit = f"{MIN_WEIGHT_MANTISSA}..{MAX_WEIGHT_MANTISSA} times 2**{s.exponent}"
+                yield Breach(s.name, f"{low}..{high}", limit, f"quantise to {WEIGHT_BITS} bits or fewer")
+
+
+def dense_weights_are_even_and_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """Mixed-sign dense weights are even, in [-256, 254]; others are rounded and clipped without a word."""
+    for s in network.synapses:
+        if s.kind == "dense":
+            low, high = int(s.weight.min()), int(s.weight.max())
+            odd = int((s.weight & 1).sum())
+            if odd or low < MIN_DENSE_WEIGHT or high > MAX_DENSE_WEIGHT:
+                limit = f"even, {MIN_DENSE_WEIGHT}..{MAX_DENSE_WEIGHT}"
+                remedy = f"quantise to {WEIGHT_BITS} bits with exponent 1, thresholds and biases doubled"
+                yield Breach(s.name, f"{low}..{high}, {odd} odd", limit, remedy)
+
+
+def decays_fit_12_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """The current keeps (4095 - du) / 4096 and the membrane (4096 - dv) / 4096, du and dv in 0..4095."""
+    for p in network.populations:
+        if p.current_decay < 1:
+            yield Breach(p.name, "current decay 0", f"1..{DECAY_UNITY}", "let the current decay")
+        if p.voltage_decay > DECAY_UNITY - 1:
+            limit = f"0..{DECAY_UNITY - 1}"
+            yield Breach(p.name, f"voltage decay {p.voltage_decay}", limit, "let the membrane keep a share")
+
+
+def synaptic_sums_cannot_wrap(network: IntegerNetwork) -> Iterator[Breach]:
+    """A current beyond 24 bits wraps around; proven impossible for every input."""
+    sums = synaptic_bounds(network)
+    for name, current in current_bounds(network).items():
+        low, high = current.range
+        if low < -STATE_LIMIT or high > STATE_LIMIT:
+            limit = f"sums below {WRAP_LIMIT} per step, current below {STATE_LIMIT + 1}"
+            actual = f"sums {sums[name].range[0]}..{sums[name].range[1]}, current {low}..{high}"
+            yield Breach(name, actual, limit, "lower the population's scale, or use fewer bits")
+
+
+def readout_sum_fits_the_membrane(network: IntegerNetwork) -> Iterator[Breach]:
+    """The answer is read off a membrane that integrates over all steps, so it must not saturate."""
+    if not readout_cannot_saturate(network):
+        low, high = readout_bounds(network).range
+        limit = f"magnitude below {WRAP_LIMIT}"
+        yield Breach(network.readout.name, f"{low}..{high}", limit, "lower the readout's scale, or run fewer steps")
+
+
+def neurons_fit_one_chip(network: IntegerNetwork) -> Iterator[Breach]:
+    """Cores hold a fixed number of neurons, and populations are not split over chips here."""
+    cores = sum(-(-p.size // NEURONS_PER_CORE) for p in network.populations)
+    if cores > CORES:
+        yield Breach("network", f"{cores} cores", f"{CORES} cores", "use a smaller network")
+
+
+LOIHI2 = Target(
+    "loihi2",
+    (
+        membranes_reset_to_zero,
+        thresholds_fit_17_bits,
+        biases_fit_13_bits,
+        conv_weights_have_8_bits,
+        dense_weights_are_even_and_have_8_bits,
+        decays_fit_12_bits,
+        synaptic_sums_cannot_wrap,
+        readout_sum_fits_the_membrane,
+        neurons_fit_one_chip,
+    ),
+    NEURONS_PER_CORE,
+)

@@ -1,0 +1,1 @@
+"""Train, convert, fine-tune, quantise, export and check; attacks; the command line."""

@@ -1,0 +1,1 @@
+"""Attacks in pixel codes: budgets are whole codes, and what is judged is what is returned."""

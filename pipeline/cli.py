@@ -1,0 +1,327 @@
+"""The command line. Imports are made by the command that needs them, so that verifying needs no torch."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hardware.errors import RuleViolations, SpikeguardError
+
+if TYPE_CHECKING:
+    from hardware.formats.bundle import Bundle
+    from pipeline.config import Config
+    from pipeline.fidelity.check import CheckResult
+
+app = typer.Typer(
+    name="spikeguard",
+    help="Train spiking networks that withstand attacks, export them, and prove that the deployed model does too.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+errors = Console(stderr=True)
+ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")]
+RunFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder")]
+Reuse = Annotated[bool, typer.Option("--resume/--fresh", help="reuse finished stages that are still valid")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="of torch; more than free cores is far slower")]
+
+
+@app.command()
+def demo(folder: RunFolder = None, overrides: Overrides = None, resume: Reuse = True, threads: Threads = 1) -> None:
+    """Run everything on the handwritten digits that ship with scikit-learn, on all runtimes there are."""
+    from pipeline.run import without_lava
+
+    config, missing = without_lava(_config("digits", overrides))
+    for row in missing:
+        errors.print(f"[yellow]{row['name']} will not be certified:[/yellow] {row['reason']}", highlight=False)
+    _run(config, folder or Path("runs/demo"), resume, threads, missing)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="a .yaml file or the name of a preset")],
+    overrides: Overrides = None,
+    folder: RunFolder = None,
+    resume: Reuse = True,
+    threads: Threads = 1,
+) -> None:
+    """Train, convert, fine-tune, quantise, export and check what a configuration says."""
+    from pipeline.run import require_runtimes
+
+    parsed = _config(config, overrides)
+    require_runtimes(parsed)
+    _run(parsed, folder or Path("runs") / Path(config).stem, resume, threads, [])
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a bundle, or a run folder")],
+    target: Annotated[str, typer.Option("--target", help="nir, loihi, onnx or all")] = "all",
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="of the new bundle")] = Path("bundle"),
+) -> None:
+    """Write a bundle with the files of one target (the integer network and golden traces always go with them)."""
+    from exporters.bundle import EXPORT_TARGETS, export_target
+
+    if target not in EXPORT_TARGETS:
+        _usage(f"there is no target {target!r}; choose among {', '.join(EXPORT_TARGETS)}")
+    from hardware.formats.bundle import open_bundle
+
+    nested = source / "bundle"
+    bundle = open_bundle(nested if nested.is_dir() else source)
+    export_target(bundle, target, folder)
+    _show_files(open_bundle(folder))
+
+
+@app.command()
+def emulate(
+    path: BundlePath,
+    images: Annotated[
+        Path | None, typer.Option(help=".npz with images (uint8 codes) and perhaps labels; default: golden inputs")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="reference, emulator, lava, netx or onnxruntime")] = "emulator",
+    trace: Annotated[Path | None, typer.Option(help="save spikes, membranes and readouts to this .npz")] = None,
+) -> None:
+    """Run images through a deployed model and show its answers."""
+    from hardware.files import read_arrays, write_arrays
+    from hardware.formats.bundle import open_bundle
+    from hardware.runtimes.opening import open_runtime
+    from hardware.trace import pack_trace
+
+    bundle = open_bundle(path)
+    arrays = {"images": bundle.golden.codes} if images is None else read_arrays(images)
+    if "images" not in arrays:
+        raise SpikeguardError(f"{images} holds no array 'images'; save it with numpy.savez(path, images=…)")
+    model = open_runtime(runtime, bundle)
+    start = time.perf_counter()
+    result = model.run(arrays["images"], record="traces" if trace else "readouts")
+    seconds = time.perf_counter() - start
+    answers = result.readouts.argmax(1)
+    counts = {str(label): int((answers == label).sum()) for label in range(bundle.network.classes)}
+    out.print(_table("answers", ("class", "images"), counts.items()))
+    if "labels" in arrays and arrays["labels"].shape == answers.shape:
+        right = int((answers == arrays["labels"]).sum())
+        out.print(f"accuracy {right / len(answers):.1%} ({right} of {len(answers)})")
+    out.print(f"{len(answers)} images on {model.name} ({model.version}) in {seconds:.2f} s")
+    if trace:
+        write_arrays(trace, pack_trace(result))
+        out.print(f"trace written to {trace}")
+
+
+@app.command()
+def fidelity(
+    path: BundlePath,
+    runtimes: Annotated[list[str] | None, typer.Option("--runtime", help="to certify; may be repeated")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="for report.json and report.html")] = Path(
+        "fidelity"
+    ),
+    threads: Threads = 1,
+) -> None:
+    """Attack the trained and the deployed model alike, and conclude: exit code 0 pass, 3 fail, 4 undecided."""
+    from hardware.formats.bundle import open_bundle
+    from pipeline.fidelity.check import Circumstances, run_check
+    from pipeline.fidelity.crafting import Images
+    from pipeline.run import Run, require_runtimes, write_report
+
+    bundle = open_bundle(path)
+    config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes)])
+    require_runtimes(config)
+    _use_threads(threads)
+    splits = Run(config, folder, "").data
+    images = Images(splits.test.codes, splits.test.labels, config.seed)
+    circumstances = Circumstances(data=splits.name, reproduce=_command())
+    result = run_check(bundle, images, config.fidelity, folder / "crafted", circumstances)
+    write_report(result, folder)
+    _conclude(result, folder)
+
+
+@app.command()
+def verify(path: BundlePath) -> None:
+    """Check every byte and re-run the golden traces through every file of a bundle; needs no torch."""
+    from hardware.formats.bundle import open_bundle
+    from hardware.formats.verify import verify_bundle
+
+    rows = verify_bundle(open_bundle(path))
+    columns = ("file", "reader", "version", "samples", "spikes", "membranes", "readouts", "seconds")
+    cells = [
+        (
+            row.file,
+            row.reader,
+            row.version,
+            row.samples,
+            _count(row.mismatched_spikes),
+            _count(row.mismatched_membranes),
+            _count(row.mismatched_readouts),
+            f"{row.seconds:.2f}",
+        )
+        for row in rows
+    ]
+    out.print(_table("mismatches with the golden traces", columns, cells))
+    if not all(row.equal for row in rows):
+        errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
+        raise typer.Exit(FAIL)
+    out.print("[green]OK[/green] every file leaves the golden traces")
+
+
+@app.command()
+def info(path: BundlePath) -> None:
+    """Show what a bundle holds: semantics, populations, proofs, files."""
+    from hardware.bounds import prove
+    from hardware.formats.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    network = bundle.network
+    proofs = {row.population: row for row in prove(network)}
+    cells = [
+        (
+            p.name,
+            "x".join(map(str, p.shape)),
+            p.threshold if p.spiking else "readout",
+            ", ".join(f"{s.source} ({s.kind}, {s.bits} bit)" for s in network.incoming(p.name)),
+            "{} .. {}".format(*proofs[p.name].sum_range),
+            "cannot wrap" if not proofs[p.name].can_wrap else "CAN WRAP",
+        )
+        for p in network.populations
+    ]
+    columns = ("population", "shape", "threshold", "reads", "sum per step", "24-bit state")
+    out.print(_table(f"{path}: T = {network.steps}, input {network.input.shape}", columns, cells))
+    card = network.semantics_card()
+    out.print(_table("semantics", ("", ""), ((key, str(value)) for key, value in card.items())))
+    _show_files(bundle)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: every error is one sentence on stderr and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; finished stages and attacks are kept, run the same command to go on")
+        sys.exit(INTERRUPTED)
+    except RuleViolations as error:
+        errors.print(f"[red]error:[/red] {error.subject}", highlight=False)
+        rows = ((v.object, v.rule, v.actual, v.limit, v.remedy) for v in error.violations)
+        errors.print(_table("", ("what", "rule", "has", "allowed", "remedy"), rows))
+        sys.exit(ERROR)
+    except SpikeguardError as error:
+        errors.print("[red]error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        sys.exit(ERROR)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's usage errors print themselves
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", USAGE))
+
+
+def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list[dict[str, str]]) -> None:
+    from pipeline.run import Run, check_run
+
+    _use_threads(threads)
+    work = Run(config, folder, _command())
+    timings = work.ensure(fresh=not resume)
+    _conclude(check_run(work, timings, missing), folder)
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _config(source: str, overrides: Iterable[str] | None) -> Config:
+    from pipeline.config import ConfigError, load_config
+
+    try:
+        return load_config(source, tuple(overrides or ()))
+    except ConfigError as error:
+        _usage(str(error))
+        raise
+
+
+def _config_of(bundle: Bundle, overrides: list[str]) -> Config:
+    from pipeline.config import ConfigError, override_config
+
+    try:
+        return override_config(bundle.manifest.provenance.get("config"), tuple(overrides), str(bundle.path))
+    except ConfigError as error:
+        _usage(str(error))
+        raise
+
+
+def _runtime_override(runtimes: list[str] | None) -> list[str]:
+    return [f"fidelity.runtimes=[{', '.join(runtimes)}]"] if runtimes else []
+
+
+def _conclude(result: CheckResult, folder: Path) -> None:
+    report = result.report
+    columns = ("arm", "trained", "deployed", "difference", "lower bound", "verdict")
+    cells = [
+        (
+            arm["name"],
+            f"{arm['reference_accuracy']:.1%}",
+            f"{arm['deployed_accuracy']:.1%}",
+            f"{arm['difference']:+.1%}",
+            f"{arm['lower_bound']:+.1%}",
+            arm["verdict"] or "",
+        )
+        for arm in report["arms"]
+    ]
+    out.print(_table(f"{report['samples']} images, epsilon {report['epsilon'][0]:g}", columns, cells))
+    colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")
+    out.print(f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {report['summary']}", highlight=False)
+    for row in report["missing_runtimes"]:
+        out.print(f"[yellow]not certified on {row['name']}[/yellow]")
+    out.print(f"report: {folder / 'report.html'}, {folder / 'report.json'}", soft_wrap=True)
+    raise typer.Exit(result.exit_code)
+
+
+def _show_files(bundle: Bundle) -> None:
+    rows = ((name, f"{r.bytes:,}", r.sha256[:16]) for name, r in sorted(bundle.manifest.files.items()))
+    out.print(_table(str(bundle.path), ("file", "bytes", "sha256"), rows))
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def _count(mismatches: int | None) -> str:
+    return "not exposed" if mismatches is None else str(mismatches)
+
+
+def _command() -> str:
+    return shlex.join(["spikeguard", *sys.argv[1:]])
+
+
+def _usage(message: str) -> None:
+    errors.print(f"[red]error:[/red] {message}", highlight=False)
+    raise typer.Exit(USAGE)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

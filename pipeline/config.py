@@ -1,0 +1,184 @@
+"""The configuration: one typed, validated YAML file; every problem in it is reported at once."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hardware.errors import SpikeguardError
+from hardware.files import MIB, read_bytes
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(_Section):
+    """What is learned, and how it is split."""
+
+    name: Literal["digits", "npz"] = Field(default="digits", description="digits ship with scikit-learn; npz is your own file")
+    path: str | None = Field(default=None, description="of the .npz with images (uint8, N x C x H x W) and labels")
+    validation: Count = Field(default=180, description="images for every selection")
+    test: Count = Field(default=540, description="images the fidelity check may touch")
+
+    @model_validator(mode="after")
+    def _path_goes_with_npz(self) -> DataConfig:
+        if (self.name == "npz") != (self.path is not None):
+            raise ValueError("path is given exactly when name is npz")
+        return self
+
+
+class TrainingConfig(_Section):
+    """The ANN stage."""
+
+    objective: Literal["natural", "pgd-at"] = "pgd-at"
+    epsilon: UnitInterval = 0.1
+    attack_steps: Count = 7
+    epochs: Count = 40
+    batch_size: Count = 64
+    learning_rate: Positive = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+
+
+class ConversionConfig(_Section):
+    """Thresholds from a percentile of each layer's input."""
+
+    percentile: Annotated[float, Field(gt=0, le=100)] = 99.7
+    calibration_steps: Count = 100
+    batches: Count = 11
+    batch_size: Count = 64
+    scale: Positive = Field(default=0.3, description="kappa, the factor on all thresholds")
+
+
+class FinetuningConfig(_Section):
+    """Robust fine-tuning of the SNN."""
+
+    steps: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="T, time steps per inference")
+    epsilon: UnitInterval = 0.1
+    beta: Annotated[float, Field(ge=0)] = Field(default=2.0, description="weight of the KL term")
+    epochs: Count = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+
+
+class QuantizationConfig(_Section):
+    """The integer network."""
+
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(default=8, description="of every weight")
+
+
+class FidelityConfig(_Section):
+    """The check of the deployed model against the float one."""
+
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 0.1
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    pgd_steps: Count = 20
+    square_queries: Count = 300
+    certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
+    runtimes: tuple[RuntimeName, ...] = ("emulator", "lava", "netx", "onnxruntime")
+    baseline: bool = Field(default=True, description="show a naturally trained network beside the robust one")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    network: str = Field(default="digits-cnn", description="digits-cnn, or package.module:function returning a torch module")
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    conversion: ConversionConfig = ConversionConfig()
+    finetuning: FinetuningConfig = FinetuningConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    fidelity: FidelityConfig = FidelityConfig()
+
+
+class ConfigError(SpikeguardError):
+    """A configuration that cannot be used; every problem in it."""
+
+
+def load_config(source: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a configuration file or a preset, and apply ``key.sub=value`` overrides.
+
+    Raises:
+        ConfigError: listing every unknown key and impossible value.
+    """
+    preset = resources.files("pipeline") / "presets" / f"{source}.yaml"
+    if preset.is_file():
+        text = preset.read_text(encoding="utf-8")
+    elif source.endswith((".yaml", ".yml")):
+        text = read_bytes(Path(source), MIB).decode("utf-8", errors="replace")
+    else:
+        raise ConfigError(f"no preset is called {source!r}; known: {', '.join(preset_names())}; or give a .yaml file")
+    return override_config(_parse(text, source), overrides, source)
+
+
+def override_config(values: Any, overrides: tuple[str, ...], source: str) -> Config:
+    """Apply ``key.sub=value`` overrides to plain values and validate the result; errors as for `load_config`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds no configuration; it was not made by a run")
+    for override in overrides:
+        _apply(values, override)
+    return validate_config(values, source)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("pipeline") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def validate_config(values: Any, source: str) -> Config:
+    """Plain values to a configuration, or one error that lists everything that is wrong."""
+    try:
+        # Through JSON rules, so that strict types still admit YAML's lists for tuples and 1 for 1.0.
+        return Config.model_validate_json(_to_json(values))
+    except ValidationError as error:
+        rows = "\n".join(
+            f"  {'.'.join(str(part) for part in problem['loc']) or 'file'}: {problem['msg']}"
+            + (f" (has {problem['input']!r})" if problem["type"] != "missing" else "")
+            for problem in error.errors()
+        )
+        raise ConfigError(f"configuration {source}: {error.error_count()} problem(s)\n{rows}") from error
+
+
+def _to_json(values: Any) -> str:
+    try:
+        return json.dumps(values)
+    except TypeError as error:
+        raise ConfigError(f"configuration holds a value that is no number, word or list ({error})") from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds {type(values).__name__}, expected sections such as 'training:'")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is not key=value, for example finetuning.epochs=20")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section")
+    values[last] = yaml.safe_load(text)

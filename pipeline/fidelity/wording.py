@@ -1,0 +1,110 @@
+"""Numbers as a reader of the report meets them: percents, points, counts, durations, pixel codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ABSENT = "–"
+NBSP = "\u00a0"
+MINUS = "\u2212"
+PIXEL_LEVELS = 255
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """0.978 as "97.8 %". What is not all is never rounded up to 100, nor what is not nothing down to 0."""
+    if fraction is None:
+        return ABSENT
+    smallest = 10.0 ** -(digits + 2)
+    shown = fraction
+    if 0 < fraction < 1:
+        shown = min(max(fraction, smallest), 1 - smallest)
+    return f"{100 * shown:.{digits}f}{NBSP}%"
+
+
+def percent_range(interval: Sequence[float] | None) -> str:
+    """[0.962, 0.987] as "96.2 to 98.7 %"."""
+    if interval is None:
+        return ABSENT
+    return f"{100 * interval[0]:.1f} to {percent(interval[1])}"
+
+
+def points(fraction: float | None, digits: int = 2) -> str:
+    """A difference of fractions in signed percentage points: -0.0037 as "−0.37"."""
+    if fraction is None:
+        return ABSENT
+    rounded = round(100 * fraction, digits)
+    sign = MINUS if rounded < 0 else "+" if rounded > 0 else ""
+    return f"{sign}{abs(rounded):.{digits}f}"
+
+
+def points_range(interval: Sequence[float] | None) -> str:
+    """An interval of differences in percentage points."""
+    return ABSENT if interval is None else f"{points(interval[0])} to {points(interval[1])}"
+
+
+def count(number: float | None) -> str:
+    """1797 as "1,797"."""
+    return ABSENT if number is None else f"{number:,.0f}"
+
+
+def number(value: object) -> str:
+    """Any value of a report: whole numbers with separators, others to four digits, words as they are."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value).replace("-", MINUS)
+    if isinstance(value, float):
+        if value.is_integer() and abs(value) < 1e12:
+            return count(value).replace("-", MINUS)
+        return f"{value:.4g}".replace("-", MINUS)
+    return str(value)
+
+
+def whole_range(interval: Sequence[float] | None) -> str:
+    """Bounds of an integer quantity, such as a sum or a membrane."""
+    return ABSENT if interval is None else f"{number(interval[0])} to {number(interval[1])}"
+
+
+def seconds(duration: float | None) -> str:
+    """A duration: "0.42 s", "12 s", "3 min 20 s"."""
+    if duration is None:
+        return ABSENT
+    if duration < 10:
+        return f"{duration:.2g}{NBSP}s"
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes}{NBSP}min {rest}{NBSP}s" if minutes else f"{rest}{NBSP}s"
+
+
+def codes(epsilon: float) -> int:
+    """The whole pixel codes inside a budget given in pixel units [0, 1]; rounded down, so never outside it."""
+    return math.floor(epsilon * PIXEL_LEVELS + 1e-9)
+
+
+def budget(epsilon: float | None) -> str:
+    """A budget in both units: "0.1 (25 codes)"; no budget where the arm changes no pixel."""
+    if not epsilon:
+        return ABSENT
+    return f"{epsilon:.4g} ({codes(epsilon)}{NBSP}codes)"
+
+
+def bits(value: object) -> str:
+    """Weight bits: one number, or one per population."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {width}" for name, width in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(str(width) for width in value)
+    return str(value)
+
+
+def divergence(first: Mapping[str, Any] | None) -> str:
+    """The first differing spike of a layer; its margin is the membrane minus the threshold."""
+    if first is None:
+        return "none"
+    return (
+        f"image {number(first.get('sample'))}, step {number(first.get('step'))}, "
+        f"neuron {number(first.get('neuron'))}"
+    )

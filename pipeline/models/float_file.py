@@ -1,0 +1,122 @@
+"""Float networks as files: the layer graph as JSON, parameters as safetensors, rebuilt without user code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from hardware.errors import RuleViolations, SpikeguardError, Violation
+from hardware.files import MIB, read_bytes
+from pipeline.models.graph import Layer, LayerGraph, LayerKind
+from pipeline.models.spiking import RateNetwork, SpikingNetwork
+
+FORMAT = "spikeguard.float/1"
+SNN, ANN = "snn", "ann"
+MAX_PARAMETER_BYTES = 2048 * MIB
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class _LayerModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    kind: LayerKind
+    options: dict[str, bool | int | float]
+    path: str
+
+
+class _GraphModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["spikeguard.float/1"]
+    input_shape: list[int]
+    steps: int | None
+    layers: list[_LayerModel]
+
+
+def float_files(network: SpikingNetwork | RateNetwork) -> dict[str, bytes]:
+    """Contents of the files that hold a float network, by file name: snn.* if it spikes, ann.* if not."""
+    spiking = isinstance(network, SpikingNetwork)
+    stem = SNN if spiking else ANN
+    graph: dict[str, Any] = {
+        "format": FORMAT,
+        "input_shape": list(network.graph.input_shape),
+        "steps": network.steps if spiking else None,
+        "layers": [
+            {"name": layer.name, "kind": layer.kind, "options": dict(layer.options), "path": layer.path}
+            for layer in network.graph.layers
+        ],
+    }
+    parameters = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+    return {
+        f"{stem}.json": (json.dumps(graph, indent=2) + "\n").encode(),
+        f"{stem}.safetensors": safetensors.torch.save(parameters),
+    }
+
+
+def load_float(folder: Path) -> SpikingNetwork:
+    """Rebuild a float SNN, in eval mode, from the two files in ``folder``.
+
+    Raises:
+        SpikeguardError: if a file is missing or is not what it should be.
+        RuleViolations: if parameters are missing, of another shape, or not finite; all of them.
+    """
+    graph, steps = _load_graph(folder / f"{SNN}.json")
+    if steps is None or steps < 1:
+        raise SpikeguardError(f"{folder / SNN}.json has no time steps; it is not a spiking network")
+    return _with_parameters(SpikingNetwork(graph, steps), folder / f"{SNN}.safetensors")
+
+
+def load_rate(folder: Path) -> RateNetwork:
+    """Rebuild a float ANN, in eval mode; arguments and errors as for :func:`load_float`."""
+    graph, _ = _load_graph(folder / f"{ANN}.json")
+    return _with_parameters(RateNetwork(graph), folder / f"{ANN}.safetensors")
+
+
+def _load_graph(path: Path) -> tuple[LayerGraph, int | None]:
+    content = read_bytes(path, MIB)
+    try:
+        model = _GraphModel.model_validate_json(content)
+        layers = tuple(Layer(layer.name, layer.kind, layer.options, layer.path) for layer in model.layers)
+        return LayerGraph(tuple(model.input_shape), layers), model.steps
+    except ValidationError as error:
+        raise SpikeguardError(f"{path} is not a {FORMAT} file: {error}") from error
+    except KeyError as error:
+        raise SpikeguardError(f"{path}: a layer lacks the option {error}; export it again") from error
+
+
+def _with_parameters(network: Network, path: Path) -> Network:
+    try:
+        parameters = safetensors.torch.load(read_bytes(path, MAX_PARAMETER_BYTES))
+    except SafetensorError as error:
+        raise SpikeguardError(f"{path} is not a safetensors file ({error}); export it again") from error
+    require_same_parameters(network, parameters, str(path))
+    network.load_state_dict(parameters)
+    network.eval()
+    return network
+
+
+def require_same_parameters(network: torch.nn.Module, parameters: dict[str, torch.Tensor], source: str) -> None:
+    """Refuse parameters that are missing, left over, of another shape, or not finite, all at once."""
+    expected = network.state_dict()
+    problems = []
+    for name in sorted(set(expected) | set(parameters)):
+        if name not in parameters or name not in expected:
+            state = "missing" if name not in parameters else "left over"
+            problems.append(Violation(name, "belongs to the network", state, "present in both", "export it again"))
+        elif parameters[name].shape != expected[name].shape:
+            actual, wanted = tuple(parameters[name].shape), tuple(expected[name].shape)
+            problems.append(Violation(name, "has the network's shape", str(actual), str(wanted), "export it again"))
+        elif not bool(torch.isfinite(parameters[name]).all()):
+            problems.append(
+                Violation(name, "is finite", "NaN or infinite values", "numbers", "train with a lower learning rate")
+            )
+    if problems:
+        raise RuleViolations(source, problems)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from numpy.typing import NDArray
+
+from hardware import emulator as emulator_module
+from hardware.emulator import Emulator, count_saturations, run_emulator
+from hardware.errors import RuleViolations
+from hardware.network import (
+    FRACTION_BITS,
+    STATE_LIMIT,
+    InputSpec,
+    IntegerNetwork,
+    Population,
+    Synapse,
+)
+from hardware.reference import run_reference
+from hardware.trace import Trace, compare_traces
+from tests.hardware.strategies import build_network, cases
+
+Case = tuple[IntegerNetwork, NDArray[np.uint8]]
+
+
+def assert_same(expected: Trace, actual: Trace) -> None:
+    """Every value of every population, and the very same types and shapes."""
+    assert np.array_equal(expected.readouts, actual.readouts)
+    assert actual.readouts.dtype == np.int64
+    assert list(expected.populations) == list(actual.populations)
+    for name, population in expected.populations.items():
+        other = actual.populations[name]
+        assert np.array_equal(population.membranes, other.membranes)
+        assert other.membranes.dtype == np.int32
+        assert (population.spikes is None) == (other.spikes is None)
+        if population.spikes is not None:
+            assert np.array_equal(population.spikes, other.spikes)
+            assert other.spikes.dtype == np.bool_
+
+
+def conv_network(threshold: int = 300, bias: int = 7) -> IntegerNetwork:
+    """A small asymmetric network on which every planted error shows."""
+    rng = np.random.default_rng(5)
+    weight = rng.integers(-20, 30, (4, 1, 3, 3)).astype(np.int32)
+    return IntegerNetwork(
+        InputSpec((1, 6, 6), 15),
+        (
+            Population("conv", (4, 6, 6), threshold, np.full((4, 6, 6), bias), 10.0),
+            Population("out", (3,), 0, np.array([1, -2, 3]), 10.0, spiking=False),
+        ),
+        (
+            Synapse("input", "conv", "conv", weight, 8, padding=1),
+            Synapse("conv", "out", "dense", rng.integers(-9, 9, (3, 144)).astype(np.int32), 8),
+        ),
+        5,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_emulator_equals_reference(case: Case) -> None:
+    network, codes = case
+    expected = run_reference(network, codes)
+    assert_same(expected, run_emulator(network, codes, "traces"))
+    readouts = run_emulator(network, codes)
+    assert np.array_equal(readouts.readouts, expected.readouts)
+    assert readouts.populations == {}
+
+
+def test_random_networks_are_alive() -> None:
+    """The property means something only if the drawn networks spike, reset and saturate."""
+    spiking = saturated = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        network = build_network(
+            rng, spatial=True, hidden=2, leaky=False, reset="zero", saturating=True, steps=6
+        )
+        codes = rng.integers(0, network.input.max_code + 1, (3, *network.input.shape)).astype(np.uint8)
+        recorded = run_reference(network, codes).populations.values()
+        rates = [p.spikes.mean() for p in recorded if p.spikes is not None]
+        spiking += 0.01 < np.mean(rates) < 0.99
+        saturated += sum(count_saturations(network, codes).values()) > 0
+    assert spiking >= 20
+    assert saturated >= 10
+
+
+def flip_kernel(network: IntegerNetwork) -> IntegerNetwork:
+    first, *rest = network.synapses
+    return replace(network, synapses=(replace(first, weight=first.weight[:, :, ::-1, ::-1].copy()), *rest))
+
+
+def drop_bias(network: IntegerNetwork) -> IntegerNetwork:
+    first, *rest = network.populations
+    return replace(network, populations=(replace(first, bias=np.zeros_like(first.bias)), *rest))
+
+
+def raise_threshold(network: IntegerNetwork) -> IntegerNetwork:
+    first, *rest = network.populations
+    return replace(network, populations=(replace(first, threshold=first.threshold + 1), *rest))
+
+
+def swap_classes(network: IntegerNetwork) -> IntegerNetwork:
+    *rest, last = network.synapses
+    return replace(network, synapses=(*rest, replace(last, weight=last.weight[::-1].copy())))
+
+
+PLANTED_ERRORS = [flip_kernel, drop_bias, raise_threshold, swap_classes]
+
+
+@pytest.mark.parametrize("plant", PLANTED_ERRORS)
+def test_comparison_catches_planted_errors(plant: Callable[[IntegerNetwork], IntegerNetwork]) -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(0, 16, (60, 1, 6, 6)).astype(np.uint8)
+    expected = run_reference(network, codes)
+    assert compare_traces(expected, run_emulator(network, codes, "traces")).equal
+    assert not compare_traces(expected, run_emulator(plant(network), codes, "traces")).equal
+
+
+def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = conv_network()
+    codes = np.random.default_rng(1).integers(0, 16, (23, 1, 6, 6)).astype(np.uint8)
+    whole = run_emulator(network, codes, "traces")
+    monkeypatch.setattr(emulator_module, "BLOCK_BYTES", 20_000)
+    small = Emulator(network)
+    assert 1 <= small.block < 23
+    assert_same(whole, small.run(codes, "traces"))
+    assert_same(whole, small.run(codes, "traces", threads=2))
+
+
+def test_no_samples_give_an_empty_trace() -> None:
+    network = conv_network()
+    codes = np.zeros((0, 1, 6, 6), np.uint8)
+    assert_same(run_reference(network, codes), run_emulator(network, codes, "traces"))
+
+
+def test_saturations_are_counted_where_the_reference_clips() -> None:
+    deep = np.array([[-(2**9)]], np.int32)
+    network = IntegerNetwork(
+        InputSpec((1,), 255),
+        (
+            Population("sink", (1,), 10, np.zeros(1, np.int64), 1.0),
+            Population("out", (1,), 0, np.zeros(1, np.int64), 1.0, spiking=False),
+        ),
+        (
+            Synapse("input", "sink", "dense", deep, 10),
+            Synapse("sink", "out", "dense", np.ones((1, 1), np.int32), 8),
+        ),
+        4,
+    )
+    codes = np.array([[255], [100]], np.uint8)
+    # 255 * 512 * 64 = 8,355,840 per step: clipped from the second step on; 100 * 512 * 64 from the third on.
+    assert count_saturations(network, codes) == {"sink": 3 + 2, "out": 0}
+    membranes = run_emulator(network, codes, "traces").populations["sink"].membranes
+    assert membranes is not None
+    assert membranes[0, :, 0].tolist() == [-(255 * 512) << FRACTION_BITS] + 3 * [-STATE_LIMIT]
+
+
+def test_codes_of_another_shape_or_length_are_refused() -> None:
+    network = conv_network()
+    for shape in [(2, 1, 6, 5), (2, 4, 1, 6, 6), (2, 6, 1, 6, 6)]:
+        with pytest.raises(RuleViolations, match="shape is the network's"):
+            run_emulator(network, np.zeros(shape, np.uint8))
+        with pytest.raises(RuleViolations, match="shape is the network's"):
+            run_reference(network, np.zeros(shape, np.uint8))
+
+
+def test_preparation_is_shared_and_dies_with_its_network() -> None:
+    network = conv_network()
+    codes = np.zeros((1, 1, 6, 6), np.uint8)
+    run_emulator(network, codes)
+    prepared = emulator_module._prepared[id(network)]
+    run_emulator(network, codes)
+    assert emulator_module._prepared[id(network)] is prepared
+    key, alive = id(network), weakref.ref(network)
+    del network
+    gc.collect()
+    assert alive() is None
+    assert key not in emulator_module._prepared
