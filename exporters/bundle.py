@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from exporters.netx import write_netx
 from exporters.nir import write_nir
 from exporters.onnx import write_onnx, write_step_onnx
+from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import atomic_folder, sha256_of, write_arrays, write_bytes, write_json
 from hardware.formats.bundle import (
@@ -74,8 +75,9 @@ def write_bundle(
         models: which of ``MODEL_FILES`` to write; leave out a format that cannot hold the network.
 
     Raises:
-        RuleViolations: everything that any of the formats cannot hold, at once.
+        RuleViolations: if a sum could wrap on 24-bit hardware; everything that any of the formats cannot hold.
     """
+    require_no_wrap(network)
     _check_request(network, golden_codes, float_model_files, models)
     with atomic_folder(folder) as partial:
         save_network(network, partial)
@@ -129,8 +131,7 @@ def _write_models(network: IntegerNetwork, folder: Path, models: Collection[str]
                 MODEL_WRITERS[name](network, folder / name)
             except RuleViolations as error:
                 problems += [
-                    Violation(f"{name}: {v.object}", v.rule, v.actual, v.limit, v.remedy)
-                    for v in error.violations
+                    Violation(f"{name}: {v.object}", v.rule, v.actual, v.limit, v.remedy) for v in error.violations
                 ]
     if problems:
         raise RuleViolations("bundle", problems)
@@ -148,25 +149,17 @@ def _check_request(
     for name in float_model_files:
         if name in reserved or not FILE_NAME.fullmatch(name):
             limit = f"{FILE_NAME.pattern}, none of the bundle's own"
-            problems.append(
-                Violation(repr(name), "name is free and plain", repr(name), limit, "rename the file")
-            )
+            problems.append(Violation(repr(name), "name is free and plain", repr(name), limit, "rename the file"))
     for name in sorted(set(models) - set(MODEL_FILES)):
-        problems.append(
-            Violation(name, "model file is known", name, ", ".join(MODEL_FILES), "choose among them")
-        )
+        problems.append(Violation(name, "model file is known", name, ", ".join(MODEL_FILES), "choose among them"))
     if golden_codes.dtype != np.uint8 or not len(golden_codes):
         actual = f"{golden_codes.dtype} {golden_codes.shape}"
         rule = "golden inputs are 8-bit codes"
-        problems.append(
-            Violation("golden inputs", rule, actual, "uint8, 1 or more", "give some images as codes")
-        )
+        problems.append(Violation("golden inputs", rule, actual, "uint8, 1 or more", "give some images as codes"))
     if golden_codes.ndim == len(network.input.shape) + 2 and ONNX_FILE in models:
         rule = "the unrolled graph takes one image per sample"
         remedy = f"leave out {ONNX_FILE}, {ONNX_STEP_FILE} takes inputs that change over time"
-        problems.append(
-            Violation("golden inputs", rule, str(golden_codes.shape), "(samples, *shape)", remedy)
-        )
+        problems.append(Violation("golden inputs", rule, str(golden_codes.shape), "(samples, *shape)", remedy))
     if problems:
         raise RuleViolations("bundle", problems)
 

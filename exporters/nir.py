@@ -26,9 +26,7 @@ from hardware.formats.nir_layout import (
 from hardware.network import IntegerNetwork, Population, Synapse
 
 
-def write_nir(
-    network: IntegerNetwork, path: Path, profile: NirProfile, *, allow_saturation: bool = False
-) -> None:
+def write_nir(network: IntegerNetwork, path: Path, profile: NirProfile, *, allow_saturation: bool = False) -> None:
     """Write ``network`` to ``path`` as a NIR graph, atomically.
 
     Args:
@@ -70,15 +68,11 @@ def nir_violations(network: IntegerNetwork) -> list[Violation]:
             problems.append(Violation(population.name, rule, decays, "4096, 0", "use IF neurons"))
         if population.spiking and population.reset != "zero":
             rule = "neuron resets to zero; NIR has no other reset"
-            problems.append(
-                Violation(population.name, rule, population.reset, "zero", "quantise with reset zero")
-            )
+            problems.append(Violation(population.name, rule, population.reset, "zero", "quantise with reset zero"))
         if population.spiking and population.threshold >= FLOAT32_INTEGERS // 2:
             limit = f"below {FLOAT32_INTEGERS // 2:,}"
             rule = "threshold + 1/2 is exact in float32"
-            problems.append(
-                Violation(population.name, rule, f"{population.threshold:,}", limit, "rescale it")
-            )
+            problems.append(Violation(population.name, rule, f"{population.threshold:,}", limit, "rescale it"))
         if len(population.shape) == 3 and np.ptp(population.bias, axis=(1, 2)).any():
             rule = "bias of a convolution is one per channel"
             remedy = "carry the bias through a constant input channel"
@@ -86,9 +80,7 @@ def nir_violations(network: IntegerNetwork) -> list[Violation]:
     for synapse in network.synapses:
         if synapse.kind == "conv" and synapse.weight.shape[2] != synapse.weight.shape[3]:
             kernel = str(synapse.weight.shape[2:])
-            problems.append(
-                Violation(synapse.name, "kernel is square", kernel, "equal sides", "pad the kernel")
-            )
+            problems.append(Violation(synapse.name, "kernel is square", kernel, "equal sides", "pad the kernel"))
     return problems
 
 
@@ -114,9 +106,7 @@ def build_graph(network: IntegerNetwork, profile: NirProfile, saturation: str) -
     for name, node in layout.populations.items():
         population = network.by_name[name]
         nodes[node] = neuron(**neuron_fields(profile, population.shape, population.threshold))
-    carries_bias = {
-        network.incoming(p.name)[0].target: network.incoming(p.name)[0] for p in network.populations
-    }
+    carries_bias = {network.incoming(p.name)[0].target: network.incoming(p.name)[0] for p in network.populations}
     for synapse, node, flatten in zip(network.synapses, layout.synapses, layout.flattens, strict=True):
         target = network.by_name[synapse.target]
         bias = _channel_bias(target) if carries_bias[target.name] is synapse else None

@@ -113,9 +113,7 @@ def onnx_violations(network: IntegerNetwork) -> list[Violation]:
     for name, largest in largest_sums(network).items():
         if largest >= FLOAT32_INTEGERS:
             rule, limit = "sums of one step are exact in float32", f"below {FLOAT32_INTEGERS:,}"
-            problems.append(
-                Violation(name, rule, f"up to {largest:,}", limit, "quantise with a smaller scale")
-            )
+            problems.append(Violation(name, rule, f"up to {largest:,}", limit, "quantise with a smaller scale"))
     return problems
 
 
@@ -205,15 +203,11 @@ class _Graph:
         ]
         return self.total([*parts, *([static] if static else [])], out=f"{population.name}/drive")
 
-    def synapse(
-        self, synapse: Synapse, source: str, bias_of: Population | None, unit: int = STATE_UNIT
-    ) -> str:
+    def synapse(self, synapse: Synapse, source: str, bias_of: Population | None, unit: int = STATE_UNIT) -> str:
         """``unit * (sum w s [+ b])`` of one synapse."""
         index = next(i for i, s in enumerate(self.network.synapses) if s is synapse)
         label = f"{synapse.source}_to_{synapse.target}"
-        weight = self.constant(
-            f"weight/{index}/{label}", (unit * synapse.weight.astype(np.int64)).astype(np.float32)
-        )
+        weight = self.constant(f"weight/{index}/{label}", (unit * synapse.weight.astype(np.int64)).astype(np.float32))
         operands = [weight]
         if bias_of is not None:
             per_row = bias_of.bias.reshape(bias_of.shape[0], -1)[:, 0]
@@ -256,13 +250,9 @@ class _Graph:
         parts = []
         for synapse in self.network.incoming(readout.name):
             from_input = synapse.source == INPUT
-            part = self.synapse(
-                synapse, self._presented if from_input else counts[synapse.source], None, unit=1
-            )
+            part = self.synapse(synapse, self._presented if from_input else counts[synapse.source], None, unit=1)
             if from_input:
-                part = self.add(
-                    "Mul", part, self.constant("readout/steps", np.float32(steps)), out="repeated"
-                )
+                part = self.add("Mul", part, self.constant("readout/steps", np.float32(steps)), out="repeated")
             parts.append(part)
         bias = (steps * readout.bias[np.newaxis]).astype(np.float32)
         total = self.total([*parts, self.constant(f"bias/{readout.name}", bias)], out="total")
@@ -316,9 +306,7 @@ class _Graph:
         return self.constant(f"bias/{population.name}", values)
 
     def _flat(self, value: str) -> str:
-        return (
-            self.add("Flatten", value, out="flat", axis=1) if len(self.network.readout.shape) > 1 else value
-        )
+        return self.add("Flatten", value, out="flat", axis=1) if len(self.network.readout.shape) > 1 else value
 
     def _emit_readout(self, integers: str, *, flatten: bool = True) -> None:
         self.rename(self._flat(integers) if flatten else integers, "readout")

@@ -123,8 +123,7 @@ def current_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
     """Bounds of the current u over all steps, in state units, by population."""
     sums = synaptic_bounds(network)
     return {
-        p.name: _hull((s.current for s in _walk(p, sums[p.name], network.steps)), p.shape)
-        for p in network.populations
+        p.name: _hull((s.current for s in _walk(p, sums[p.name], network.steps)), p.shape) for p in network.populations
     }
 
 
@@ -132,8 +131,7 @@ def membrane_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
     """Bounds of the membrane after reset over all steps, in state units, by population."""
     sums = synaptic_bounds(network)
     return {
-        p.name: _hull((s.after for s in _walk(p, sums[p.name], network.steps)), p.shape)
-        for p in network.populations
+        p.name: _hull((s.after for s in _walk(p, sums[p.name], network.steps)), p.shape) for p in network.populations
     }
 
 

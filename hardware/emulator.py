@@ -40,9 +40,7 @@ NARROW_LIMIT = 2**24
 """Sums (weight units) below this leave room for 6 fractional bits and a membrane in int32."""
 
 
-def run_emulator(
-    network: IntegerNetwork, codes: IntArray, record: Record = "readouts", threads: int = 1
-) -> Trace:
+def run_emulator(network: IntegerNetwork, codes: IntArray, record: Record = "readouts", threads: int = 1) -> Trace:
     """Run samples on the CPU; arguments and result are those of ``run_reference``.
 
     Args:

@@ -236,9 +236,7 @@ def uv_candidates(version: str) -> Iterator[Path]:
         return
     find, fetch = (uv, "python", "find", "--no-project", version), (uv, "python", "install", version)
     for command in (find, fetch, find):
-        answer = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if command is find and answer.returncode == 0:
             yield Path(answer.stdout.strip())
 
@@ -273,10 +271,7 @@ def find_lava_python(settings: Mapping[str, str]) -> Path:
 
     found, refused = first_working(candidates(), LAVA_PYTHON)
     if found is None:
-        tried = (
-            "".join(f"\n    {path} (does not run, or lacks ensurepip)" for path in refused)
-            or " nothing found"
-        )
+        tried = "".join(f"\n    {path} (does not run, or lacks ensurepip)" for path in refused) or " nothing found"
         raise SetupError(
             f"no Python 3.10, and {LAVA_PINS[0]} runs on no other. Tried:{tried}\n"
             "  Install one (uv python install 3.10, pyenv install 3.10, or your system's python3.10 with\n"
@@ -294,13 +289,9 @@ def find_python(environment: Environment, settings: Mapping[str, str]) -> Path:
 def find_main_python() -> Path:
     """The Python that runs this file, if it is new enough and can make environments."""
     if not MAIN_PYTHON.accepts(sys.version_info[:2]):
-        raise SetupError(
-            f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}", USAGE
-        )
+        raise SetupError(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}", USAGE)
     if python_version(Path(sys.executable)) is None:
-        raise SetupError(
-            f"{sys.executable} cannot make environments; install its venv package (python3-venv)", USAGE
-        )
+        raise SetupError(f"{sys.executable} cannot make environments; install its venv package (python3-venv)", USAGE)
     return Path(sys.executable)
 
 
@@ -326,10 +317,7 @@ def is_sound(environment: Environment) -> bool:
 
 def names_folder(activate: str, folder: Path) -> bool:
     """Whether an activation script was written for ``folder``; environments do not survive being moved."""
-    return (
-        re.search(rf"""VIRTUAL_ENV=["']?{re.escape(str(folder))}["']?\s*$""", activate, re.MULTILINE)
-        is not None
-    )
+    return re.search(rf"""VIRTUAL_ENV=["']?{re.escape(str(folder))}["']?\s*$""", activate, re.MULTILINE) is not None
 
 
 def read_stamp(environment: Environment) -> str | None:
@@ -476,9 +464,7 @@ def make_here(environment: Environment, settings: Mapping[str, str]) -> int:
 
 def make_apart(name: str, extras: str) -> subprocess.Popen[str]:
     """Make another environment beside this one, in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-I", str(Path(__file__).resolve()), name, "--extras", extras], text=True
-    )
+    return subprocess.Popen([sys.executable, "-I", str(Path(__file__).resolve()), name, "--extras", extras], text=True)
 
 
 def main(arguments: Sequence[str], settings: Mapping[str, str]) -> int:

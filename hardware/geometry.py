@@ -47,9 +47,7 @@ def edges(synapse: Synapse, source_shape: Shape) -> Edges:
     height, width = source_shape[1:]
     _, out_height, out_width = synapse.output_shape(source_shape)
     kernel_height, kernel_width = synapse.weight.shape[2:]
-    row, column, i, j = (
-        axis.reshape(-1) for axis in np.indices((out_height, out_width, kernel_height, kernel_width))
-    )
+    row, column, i, j = (axis.reshape(-1) for axis in np.indices((out_height, out_width, kernel_height, kernel_width)))
     source_row = row * synapse.stride + i - synapse.padding
     source_column = column * synapse.stride + j - synapse.padding
     inside = (source_row >= 0) & (source_row < height) & (source_column >= 0) & (source_column < width)

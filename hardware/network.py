@@ -8,9 +8,9 @@ Meaning of one step t = 1..T, populations in topological order, spikes of step t
     s  = [v > 64 threshold]
     v <- 0 where s   (reset "zero"),   v - 64 threshold where s   (reset "subtract")
 
-``sat24`` clips to +-(2**23 - 1). A network whose u could leave the 24-bit range is refused where it would be
-deployed (``bounds.require_no_wrap``), because hardware would wrap there. Weights, biases and thresholds are
-in *weight units*; u and v carry ``FRACTION_BITS`` more bits.
+``sat24`` clips to +-(2**23 - 1). A network whose u could leave the 24-bit range must not be deployed, because hardware
+wraps there; bundles prove that it cannot (``bounds.require_no_wrap``). Weights, biases and thresholds are in *weight
+units*; u and v carry ``FRACTION_BITS`` more bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -183,8 +184,7 @@ class Synapse:
             return ()
         kernel = self.weight.shape[2:]
         spatial = tuple(
-            (size + 2 * self.padding - k) // self.stride + 1
-            for size, k in zip(source_shape[1:], kernel, strict=True)
+            (size + 2 * self.padding - k) // self.stride + 1 for size, k in zip(source_shape[1:], kernel, strict=True)
         )
         return (self.weight.shape[0], *spatial) if min(spatial) >= 1 else ()
 
@@ -247,7 +247,7 @@ class IntegerNetwork:
         """Whether each population reads exactly the one before it."""
         names = [INPUT, *(p.name for p in self.populations)]
         pairs = [(s.source, s.target) for s in self.synapses]
-        return sorted(pairs) == sorted(zip(names[:-1], names[1:], strict=True))
+        return sorted(pairs) == sorted(pairwise(names))
 
     def semantics_card(self) -> dict[str, Any]:
         """What a reader must know to run this network as it is meant, as plain JSON."""
@@ -324,19 +324,32 @@ def _structure_problems(network: IntegerNetwork) -> list[Violation]:
         for synapse in entering:
             if synapse.source not in shapes:
                 refuse(
-                    synapse.name, "source comes earlier", synapse.source, sorted(shapes), "order the populations"
+                    synapse.name,
+                    "source comes earlier",
+                    synapse.source,
+                    sorted(shapes),
+                    "order the populations",
                 )
                 continue
             produced = synapse.output_shape(shapes[synapse.source])
             if produced != population.shape:
-                refuse(synapse.name, "shape fits its ends", produced, population.shape, "check kernel and padding")
+                refuse(
+                    synapse.name,
+                    "shape fits its ends",
+                    produced,
+                    population.shape,
+                    "check kernel and padding",
+                )
         shapes[name] = population.shape
     if not network.populations:
         refuse("network", "has a readout", 0, "1 or more populations", "add one")
     for synapse in network.synapses:
         if synapse.target not in shapes or synapse.target == INPUT:
             refuse(synapse.name, "target exists", synapse.target, sorted(shapes), "name a population")
-        low, high = -(2 ** (synapse.bits - 1)) << synapse.exponent, (2 ** (synapse.bits - 1) - 1) << synapse.exponent
+        low, high = (
+            -(2 ** (synapse.bits - 1)) << synapse.exponent,
+            (2 ** (synapse.bits - 1) - 1) << synapse.exponent,
+        )
         if synapse.weight.dtype != np.int32:
             refuse(synapse.name, "weights are int32", synapse.weight.dtype, "int32", "convert them")
         elif synapse.weight.size and (synapse.weight.min() < low or synapse.weight.max() > high):

@@ -58,17 +58,29 @@ class Twin(nn.Module):
         self.network = network
         self.surrogate = surrogate
         proofs = prove(network)
-        self.dtype = torch.float32 if all(row.exact_in_float32 for row in proofs) else torch.float64
+        self._exact_dtype = torch.float32 if all(row.exact_in_float32 for row in proofs) else torch.float64
         self._saturates = {row.population: row.can_saturate for row in proofs}
         for index, synapse in enumerate(network.synapses):
-            weight = torch.from_numpy(synapse.weight).to(self.dtype) * STATE_UNITS
+            weight = torch.from_numpy(synapse.weight).to(self._exact_dtype) * STATE_UNITS
             if synapse.source == INPUT:
                 weight, constant = self._split_constant_channels(synapse, weight)
                 self.register_buffer(f"constant_{index}", constant)
             self.register_buffer(f"weight_{index}", weight)
         for population in network.populations:
-            bias = torch.from_numpy(population.bias).to(self.dtype) * STATE_UNITS
+            bias = torch.from_numpy(population.bias).to(self._exact_dtype) * STATE_UNITS
             self.register_buffer(f"bias_{population.name}", bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in.
+
+        Raises:
+            SpikeguardError: if the module was converted to a type that does not hold its integers.
+        """
+        dtype = self._bias(self.network.readout).dtype
+        if torch.finfo(dtype).eps > torch.finfo(self._exact_dtype).eps:
+            raise SpikeguardError(f"{dtype} does not hold this network's integers; keep {self._exact_dtype}")
+        return dtype
 
     def with_surrogate(self, surrogate: Rules) -> Twin:
         """The same twin with other gradients; it shares the buffers."""
@@ -103,7 +115,7 @@ class Twin(nn.Module):
             RuleViolations: if the codes are not the network's.
         """
         self.network.input.present(codes, self.network.steps)
-        presented = torch.from_numpy(codes.astype(np.int64)).to(self._bias(self.network.readout))
+        presented = torch.from_numpy(codes.astype(np.int64)).to(self._bias(self.network.readout).device, self.dtype)
         populations: dict[str, PopulationTrace] = {}
         readouts = self._readouts(presented, populations)
         return Trace(readouts.to(torch.int64).cpu().numpy(), populations)
@@ -130,9 +142,7 @@ class Twin(nn.Module):
         for population in self.network.populations:
             if not population.spiking and recorded is None:
                 break
-            neuron = _Neuron(
-                population, self.network.steps, self._saturates[population.name], self._rule(population)
-            )
+            neuron = _Neuron(population, self.network.steps, self._saturates[population.name], self._rule(population))
             sums = (*self._sums(population, activity), self._bias(population))
             if recorded is not None:
                 recorded[population.name] = _record(neuron, *sums)
@@ -181,7 +191,7 @@ class Twin(nn.Module):
     def _split_constant_channels(self, synapse: Synapse, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the image's own channels, and what the constant channels add at every step."""
         spec = self.network.input
-        presented = torch.zeros(1, *spec.presented_shape, dtype=self.dtype)
+        presented = torch.zeros(1, *spec.presented_shape, dtype=self._exact_dtype)
         for channel, code in enumerate(spec.constant_codes, start=spec.shape[0]):
             presented[:, channel] = code
         channels = weight.reshape(len(weight), spec.presented_shape[0], -1)[:, : spec.shape[0]]

@@ -89,7 +89,8 @@ def export(
 def emulate(
     path: BundlePath,
     images: Annotated[
-        Path | None, typer.Option(help=".npz with images (uint8 codes) and perhaps labels; default: golden inputs")
+        Path | None,
+        typer.Option(help=".npz with images (uint8 codes) and perhaps labels; default: golden inputs"),
     ] = None,
     runtime: Annotated[str, typer.Option(help="reference, emulator, lava, netx or onnxruntime")] = "emulator",
     trace: Annotated[Path | None, typer.Option(help="save spikes, membranes and readouts to this .npz")] = None,

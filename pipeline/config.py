@@ -26,7 +26,9 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What is learned, and how it is split."""
 
-    name: Literal["digits", "npz"] = Field(default="digits", description="digits ship with scikit-learn; npz is your own file")
+    name: Literal["digits", "npz"] = Field(
+        default="digits", description="digits ship with scikit-learn; npz is your own file"
+    )
     path: str | None = Field(default=None, description="of the .npz with images (uint8, N x C x H x W) and labels")
     validation: Count = Field(default=180, description="images for every selection")
     test: Count = Field(default=540, description="images the fidelity check may touch")
@@ -95,7 +97,9 @@ class Config(_Section):
     """A whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    network: str = Field(default="digits-cnn", description="digits-cnn, or package.module:function returning a torch module")
+    network: str = Field(
+        default="digits-cnn", description="digits-cnn, or package.module:function returning a torch module"
+    )
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     conversion: ConversionConfig = ConversionConfig()

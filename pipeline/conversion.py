@@ -34,7 +34,12 @@ def convert(network: RateNetwork, steps: int) -> SpikingNetwork:
 
 @torch.no_grad()
 def calibrate(
-    network: SpikingNetwork, batches: Sequence[Tensor], *, percentile: float, calibration_steps: int, scale: float
+    network: SpikingNetwork,
+    batches: Sequence[Tensor],
+    *,
+    percentile: float,
+    calibration_steps: int,
+    scale: float,
 ) -> None:
     """Set every threshold in place, front to back, then scale all of them and re-estimate batch norm.
 

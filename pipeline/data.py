@@ -80,7 +80,13 @@ def load_npz(path: Path) -> Dataset:
         )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         problems.append(
-            Violation("labels", "one integer per image", f"{labels.dtype} {labels.shape}", f"({len(images)},)", "fix it")
+            Violation(
+                "labels",
+                "one integer per image",
+                f"{labels.dtype} {labels.shape}",
+                f"({len(images)},)",
+                "fix it",
+            )
         )
     elif len(labels) and labels.min() < 0:
         problems.append(Violation("labels", "count from 0", str(labels.min()), "0 or more", "renumber the classes"))
@@ -112,9 +118,7 @@ def split(name: str, data: Dataset, validation: int, test: int, seed: int) -> Sp
     everything = np.arange(len(data))
     try:
         rest, test_part = train_test_split(everything, test_size=test, stratify=data.labels, random_state=seed)
-        train, held_out = train_test_split(
-            rest, test_size=validation, stratify=data.labels[rest], random_state=seed
-        )
+        train, held_out = train_test_split(rest, test_size=validation, stratify=data.labels[rest], random_state=seed)
     except ValueError as error:
         raise SpikeguardError(f"{name} cannot be split by class ({error}); give every class more images") from error
 

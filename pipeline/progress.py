@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 
@@ -14,12 +21,12 @@ console = Console(stderr=True)
 @contextmanager
 def track(label: str, total: int) -> Iterator[Callable[..., None]]:
     """A progress bar; call the yielded function with a note (and a number of units, by default 1) to advance it."""
+    # Narrow enough for a terminal of 80 columns, note included.
     columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:

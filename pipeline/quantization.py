@@ -26,7 +26,7 @@ MAX_CODE = 255
 # Loihi keeps only even weights of mixed-sign dense synapses, so their mantissas are shifted by one bit.
 EXPONENT = {"conv": 0, "dense": 1}
 # Scales tried, relative to the largest the target takes; above 1, large weights are clipped.
-CANDIDATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35)
+CANDIDATES = tuple(np.geomspace(0.5, 1.35, 24))
 SMALLEST_SCALE = 2.0**-12
 
 
@@ -81,7 +81,13 @@ def quantize(
                 for factor in CANDIDATES
                 if (
                     choice := _try_scale(
-                        recipe, scales, population.name, factor, calibration, float_spikes, logits.double().numpy()
+                        recipe,
+                        scales,
+                        population.name,
+                        factor,
+                        calibration,
+                        float_spikes,
+                        logits.double().numpy(),
                     )
                 )
             ]
@@ -129,8 +135,7 @@ def require_finite(populations: Sequence[RealPopulation]) -> None:
         )
         for population in populations
         if not all(
-            np.isfinite(values).all()
-            for values in (population.weight, population.bias, population.threshold or 0.0)
+            np.isfinite(values).all() for values in (population.weight, population.bias, population.threshold or 0.0)
         )
     ]
     if problems:

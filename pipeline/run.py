@@ -190,7 +190,7 @@ def start_network(run: Run) -> RateNetwork:
     outputs = traced.graph.shapes()[traced.graph.layers[-1].name]
     if outputs != (run.data.classes,):
         raise SpikeguardError(
-            f"network {run.config.network!r} gives {outputs} outputs for {run.data.classes} classes; match its last layer"
+            f"network {run.config.network!r} gives {outputs} outputs for {run.data.classes} classes; mend its last layer"
         )
     return network
 
@@ -235,9 +235,7 @@ def _finetune(run: Run, network: SpikingNetwork, objective: Objective, epsilon: 
     )
 
 
-def save_network_files(
-    folder: Path, network: RateNetwork | SpikingNetwork, history: list[Epoch] | None = None
-) -> None:
+def save_network_files(folder: Path, network: RateNetwork | SpikingNetwork, history: list[Epoch] | None = None) -> None:
     """Write a float network, and its training history as CSV."""
     for name, content in float_files(network).items():
         write_bytes(folder / name, content)
@@ -295,7 +293,10 @@ def quantize_network(run: Run, folder: Path) -> None:
     order = np.random.default_rng(settings.seed).permutation(len(run.data.train))[:CALIBRATION_IMAGES]
     provenance = {"config": settings.model_dump(mode="json", exclude={"fidelity"}), "data": run.data.name}
     result = quantize(
-        load_float(run.result("finetune")), run.data.train.codes[order], settings.quantization.bits, provenance
+        load_float(run.result("finetune")),
+        run.data.train.codes[order],
+        settings.quantization.bits,
+        provenance,
     )
     save_network(result.network, folder)
     write_json(folder / "scales.json", [asdict(choice) for choice in result.choices])
@@ -385,7 +386,12 @@ def _judge_baseline(run: Run, images: Images) -> dict[str, Any]:
     identity = json.dumps(_files(run.result("baseline")), sort_keys=True)
     attack = next(attack for attack in ATTACKS if attack.name == "transfer")
     crafted = craft_all(
-        {"float": target}, images, run.config.fidelity, run.folder / "crafted" / "baseline", identity, [attack]
+        {"float": target},
+        images,
+        run.config.fidelity,
+        run.folder / "crafted" / "baseline",
+        identity,
+        [attack],
     )
     clean = int(correct(target, images.codes, images.labels).sum())
     attacked = int(correct(target, crafted[attack.name].codes, images.labels).sum())

@@ -87,7 +87,7 @@ def fit(
             history.append(Epoch(total / batches, clean, robust))
             if clean + robust >= best_score:
                 best_score, best_state = clean + robust, copy.deepcopy(model.state_dict())
-            advance(f"loss {total / batches:.3f}, validation clean {clean:.1%}, robust {robust:.1%}")
+            advance(f"loss {total / batches:.2f} clean {clean:.0%} robust {robust:.0%}")
     model.load_state_dict(best_state)
     model.eval()
     return history

@@ -66,8 +66,7 @@ def top_level(source: Path) -> set[str]:
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_packages_import_one_way(package: str) -> None:
     offenders = {
-        str(source.relative_to(ROOT)): sorted(top_level(source) & FORBIDDEN[package])
-        for source in sources(package)
+        str(source.relative_to(ROOT)): sorted(top_level(source) & FORBIDDEN[package]) for source in sources(package)
     }
     assert offenders, f"{package} has no files"
     assert {path: names for path, names in offenders.items() if names} == {}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
+from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import MAX_JSON_BYTES, read_arrays, read_bytes, sha256_of
 from hardware.formats.network_file import ARRAYS_FILE, JSON_FILE, load_network
@@ -100,11 +101,13 @@ class Bundle:
         """The integer network.
 
         Raises:
-            SpikeguardError: if its files are not well formed, or the manifest describes another network.
+            SpikeguardError: if its files are not well formed, the manifest describes another network, or a sum
+                could wrap on 24-bit hardware.
         """
         network = load_network(self.path)
         if json.loads(json.dumps(network.semantics_card())) != self.manifest.semantics:
             raise SpikeguardError(f"{self.path}: the semantics card is not that of its network; {REMEDY}")
+        require_no_wrap(network)
         return network
 
     @cached_property
@@ -161,10 +164,7 @@ def _presence_violations(path: Path, manifest: Manifest) -> list[Violation]:
     unnamed = [name for name in REQUIRED_FILES if name not in manifest.files]
     return [
         *(Violation(name, "listed file exists", "missing", "present", REMEDY) for name in missing),
-        *(
-            Violation(name, "file is listed", "unlisted", "listed in the manifest", REMEDY)
-            for name in unlisted
-        ),
+        *(Violation(name, "file is listed", "unlisted", "listed in the manifest", REMEDY) for name in unlisted),
         *(Violation(name, "bundle has this file", "not listed", "listed", REMEDY) for name in unnamed),
     ]
 

@@ -71,9 +71,7 @@ class _Walk:
         while pending:
             group, depth = pending.pop()
             if depth > MAX_DEPTH:
-                yield Violation(
-                    group.name, "groups are nested little", f"{depth} deep", f"{MAX_DEPTH}", REMEDY
-                )
+                yield Violation(group.name, "groups are nested little", f"{depth} deep", f"{MAX_DEPTH}", REMEDY)
                 continue
             for name in group:
                 self.objects += 1
@@ -98,9 +96,7 @@ class _Walk:
                     yield Violation(where, "is a group or data set", type(item).__name__, "no other", REMEDY)
         size = self.path.stat().st_size
         if self.declared > MAX_DECLARED_BYTES:
-            yield Violation(
-                "/", "declared size", f"{self.declared:,} bytes", f"{MAX_DECLARED_BYTES:,}", REMEDY
-            )
+            yield Violation("/", "declared size", f"{self.declared:,} bytes", f"{MAX_DECLARED_BYTES:,}", REMEDY)
         if self.strings > size:
             yield Violation("/", "strings fit the file", f"{self.strings:,} bytes", f"{size:,}", REMEDY)
 
@@ -109,13 +105,9 @@ class _Walk:
         kind = item.dtype.kind
         is_string = h5py.check_string_dtype(item.dtype) is not None
         if item.external is not None or item.is_virtual:
-            yield Violation(
-                where, "is stored in this file", "elsewhere", "no external or virtual data", REMEDY
-            )
+            yield Violation(where, "is stored in this file", "elsewhere", "no external or virtual data", REMEDY)
         elif not (kind in "fiub" or is_string):
-            yield Violation(
-                where, "holds numbers or strings", str(item.dtype), "float, integer, string", REMEDY
-            )
+            yield Violation(where, "holds numbers or strings", str(item.dtype), "float, integer, string", REMEDY)
         elif item.compression not in (None, "gzip", "lzf"):
             yield Violation(where, "compression is known", str(item.compression), "none, gzip, lzf", REMEDY)
         elif kind == "O":

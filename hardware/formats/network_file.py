@@ -114,18 +114,14 @@ def describe_network(network: IntegerNetwork) -> NetworkRecord:
         "format": NETWORK_FORMAT,
         "steps": network.steps,
         "input": {name: getattr(network.input, name) for name in InputRecord.model_fields},
-        "populations": [
-            {n: getattr(p, n) for n in PopulationRecord.model_fields} for p in network.populations
-        ],
+        "populations": [{n: getattr(p, n) for n in PopulationRecord.model_fields} for p in network.populations],
         "synapses": [{n: getattr(s, n) for n in SynapseRecord.model_fields} for s in network.synapses],
         "provenance": dict(network.provenance),
     }
     try:
         content = json.dumps(values, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SpikeguardError(
-            f"network holds a value that is not plain JSON ({error}); see its provenance"
-        ) from error
+        raise SpikeguardError(f"network holds a value that is not plain JSON ({error}); see its provenance") from error
     return parse_strict(NetworkRecord, content, "integer network")
 
 
@@ -191,9 +187,7 @@ def _check_arrays(arrays: Any, record: NetworkRecord, subject: str) -> None:
         if dtype not in {f"I{bits}" for bits in (8, 16, 32, 64) if bits <= widest}:
             problems.append(Violation(name, "array holds integers", dtype, f"I8..I{widest}", remedy))
         if name in expected and shape != expected[name]:
-            problems.append(
-                Violation(name, "bias has its population's shape", str(shape), str(expected[name]), remedy)
-            )
+            problems.append(Violation(name, "bias has its population's shape", str(shape), str(expected[name]), remedy))
         if name in kinds and len(shape) != {"conv": 4, "dense": 2}[kinds[name]]:
             problems.append(Violation(name, f"weight is {kinds[name]}", str(shape), "4 or 2 axes", remedy))
     if problems:

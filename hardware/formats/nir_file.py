@@ -115,16 +115,12 @@ def _neuron_violations(node: Any, population: PopulationRecord, card: NirCard) -
         return [Violation(name, "neuron is its profile's", type(node).__name__, wanted, REMEDY)]
     shape = np.asarray(node.v_threshold).shape
     if shape != population.shape:
-        return [
-            Violation(name, "neurons have the population's shape", str(shape), str(population.shape), REMEDY)
-        ]
+        return [Violation(name, "neurons have the population's shape", str(shape), str(population.shape), REMEDY)]
     problems = []
     for key, expected in neuron_fields(card.profile, population.shape, population.threshold).items():
         actual = np.asarray(getattr(node, key))
         if not np.array_equal(actual, expected):
-            problems.append(
-                Violation(name, f"{key} is the profile's", _summary(actual), _summary(expected), REMEDY)
-            )
+            problems.append(Violation(name, f"{key} is the profile's", _summary(actual), _summary(expected), REMEDY))
     return problems
 
 
@@ -159,15 +155,11 @@ def _weight_violations(node: Any, name: str, synapse: SynapseRecord, source: Sha
         if values.dtype.kind != "f" or not np.isfinite(values).all():
             problems.append(Violation(name, f"{key} is finite", _summary(values), "finite floats", REMEDY))
         elif not (values == np.rint(values)).all() or np.abs(values).max(initial=0) >= 2**31:
-            problems.append(
-                Violation(name, f"{key} holds integers", _summary(values), "32-bit integers", REMEDY)
-            )
+            problems.append(Violation(name, f"{key} holds integers", _summary(values), "32-bit integers", REMEDY))
     axes = {"conv": 4, "dense": 2}[synapse.kind]
     if np.ndim(node.weight) != axes or np.shape(node.bias) != np.shape(node.weight)[:1]:
         shapes = f"{np.shape(node.weight)}, bias {np.shape(node.bias)}"
-        problems.append(
-            Violation(name, "weight and bias fit", shapes, f"{axes} axes, one bias per row", REMEDY)
-        )
+        problems.append(Violation(name, "weight and bias fit", shapes, f"{axes} axes, one bias per row", REMEDY))
     if synapse.kind == "conv":
         fields = {
             **CONV_FIELDS,
@@ -178,9 +170,7 @@ def _weight_violations(node: Any, name: str, synapse: SynapseRecord, source: Sha
         for key, expected in fields.items():
             actual = np.atleast_1d(np.asarray(getattr(node, key)))
             if not np.array_equal(actual, expected):
-                problems.append(
-                    Violation(name, f"{key} is the metadata's", str(actual), str(expected), REMEDY)
-                )
+                problems.append(Violation(name, f"{key} is the metadata's", str(actual), str(expected), REMEDY))
     return problems
 
 
@@ -194,9 +184,7 @@ def _flatten_violations(node: Any, name: str, source: Shape) -> list[Violation]:
     return []
 
 
-def _population_bias(
-    graph: Any, layout: NirLayout, card: NirCard, population: PopulationRecord
-) -> NDArray[np.int64]:
+def _population_bias(graph: Any, layout: NirLayout, card: NirCard, population: PopulationRecord) -> NDArray[np.int64]:
     """The biases of all nodes that lead into a population add up, per channel or per neuron."""
     total = np.zeros(population.shape, np.int64)
     for synapse, node in zip(card.network.synapses, layout.synapses, strict=True):

@@ -102,9 +102,7 @@ def lay_out(record: NetworkRecord) -> NirLayout:
     for synapse in record.synapses:
         source, target = ends[synapse.source], spiking.get(synapse.target, sink_node)
         node = name(f"{synapse.source}_to_{synapse.target}")
-        flatten = (
-            name(f"{node}_flatten") if synapse.kind == "dense" and len(shapes[synapse.source]) > 1 else None
-        )
+        flatten = name(f"{node}_flatten") if synapse.kind == "dense" and len(shapes[synapse.source]) > 1 else None
         path = [source, *([flatten] if flatten else []), node, target]
         edges += list(pairwise(path))
         synapses.append(node)

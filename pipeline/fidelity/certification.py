@@ -1,4 +1,4 @@
-"""Certification: a runtime must leave the emulator's trace before the emulator's attack figures count as its own."""
+"""Certification: a runtime must leave the reference's trace before the attack figures count as its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 from hardware.emulator import run_emulator
 from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
+from hardware.reference import run_reference
 from hardware.runtimes.opening import open_runtime
-from hardware.trace import compare_traces
+from hardware.runtimes.protocol import Runtime
+from hardware.trace import Trace, compare_traces
 from pipeline.attacks.gradient import Crafted
 from pipeline.attacks.targets import Codes
 from pipeline.fidelity.crafting import Images
 from pipeline.progress import track
-
-# The emulator is held to the reference; Lava and netx step too slowly for more than a few dozen images.
-SLOW = ("reference", "lava", "netx")
 
 
 class RuntimeFailedError(SpikeguardError):
@@ -57,11 +56,10 @@ def select_everything(images: Images, crafted: Mapping[str, Crafted]) -> Selecti
 def certify(
     bundle: Bundle, names: Sequence[str], images: Images, crafted: Mapping[str, Crafted], count: int
 ) -> list[dict[str, Any]]:
-    """Run every named runtime from the bundle's files and compare what it exposes.
+    """Run every named runtime from the bundle's files and compare all it exposes with the reference.
 
-    Slow runtimes get ``count`` adversarial and ``count`` clean images with full traces; ONNX Runtime gets every
-    image of the check for its readouts, and those same subset images for traces. The emulator is compared with the
-    reference on the subset, everything else with the emulator.
+    Each gets ``count`` adversarial and ``count`` clean images with traces. ONNX Runtime, which is fast, also answers
+    every image of the check; those readouts are compared with the emulator's.
 
     Returns:
         Rows of ``runtimes`` in ``report.json``.
@@ -70,46 +68,54 @@ def certify(
         RuntimeFailedError: if a runtime could not be opened or did not finish.
     """
     subset = select_subset(images, crafted, count)
-    expected = run_emulator(bundle.network, subset.codes, record="traces")
+    expected = run_reference(bundle.network, subset.codes)
     rows = []
     with track("certify", len(names)) as advance:
         for name in names:
             advance(name, units=0)
             try:
-                runtime = open_runtime("reference" if name == "emulator" else name, bundle)
-                start = time.perf_counter()
-                trace = runtime.run(subset.codes, record="traces")
-                seconds = time.perf_counter() - start
-                difference = compare_traces(expected, trace)
-                row = {
-                    "name": name,
-                    "version": open_runtime(name, bundle).version if name == "emulator" else runtime.version,
-                    "samples": len(subset.codes) - subset.adversarial,
-                    "adversarial_samples": subset.adversarial,
-                    "mismatched_spikes": difference.spikes,
-                    "mismatched_membranes": difference.membranes,
-                    "mismatched_readouts": difference.readouts,
-                    "samples_per_second": len(subset.codes) / seconds,
-                    "first_mismatch": None if difference.first is None else list(difference.first),
-                }
+                row = _certify_one(open_runtime(name, bundle), subset, expected)
                 if name == "onnxruntime":
                     everything = select_everything(images, crafted)
-                    start = time.perf_counter()
-                    readouts = runtime.run(everything.codes).readouts
-                    row["samples_per_second"] = len(everything.codes) / (time.perf_counter() - start)
-                    wrong = (readouts != run_emulator(bundle.network, everything.codes).readouts).sum()
-                    row["mismatched_readouts"] = difference.readouts + int(wrong)
-                    row["samples"] = len(everything.codes) - everything.adversarial
-                    row["adversarial_samples"] = everything.adversarial
-                if name == "emulator":
-                    start = time.perf_counter()
-                    run_emulator(bundle.network, images.codes)
-                    row["samples_per_second"] = len(images.codes) / (time.perf_counter() - start)
+                    row |= _answer_everything(open_runtime(name, bundle), bundle, everything, row)
             except SpikeguardError as error:
                 raise RuntimeFailedError(f"runtime {name} did not finish: {error}") from error
             rows.append(row)
             advance(name)
     return rows
+
+
+def _certify_one(runtime: Runtime, subset: Selection, expected: Trace) -> dict[str, Any]:
+    start = time.perf_counter()
+    trace = runtime.run(subset.codes, record="traces")
+    seconds = time.perf_counter() - start
+    difference = compare_traces(expected, trace)
+    return {
+        "name": runtime.name,
+        "version": runtime.version,
+        "samples": len(subset.codes) - subset.adversarial,
+        "adversarial_samples": subset.adversarial,
+        "mismatched_spikes": difference.spikes,
+        "mismatched_membranes": difference.membranes,
+        "mismatched_readouts": difference.readouts,
+        "first_mismatch": None if difference.first is None else list(difference.first),
+        "samples_per_second": len(subset.codes) / seconds,
+    }
+
+
+def _answer_everything(
+    runtime: Runtime, bundle: Bundle, everything: Selection, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    readouts = runtime.run(everything.codes).readouts
+    seconds = time.perf_counter() - start
+    wrong = int((readouts != run_emulator(bundle.network, everything.codes).readouts).sum())
+    return {
+        "samples": len(everything.codes) - everything.adversarial,
+        "adversarial_samples": everything.adversarial,
+        "mismatched_readouts": row["mismatched_readouts"] + wrong,
+        "samples_per_second": len(everything.codes) / seconds,
+    }
 
 
 def is_certified(row: Mapping[str, Any]) -> bool:

@@ -190,10 +190,18 @@ def conclude(
     if verdict == "pass":
         return verdict, "OK", f"The deployed model is as robust as the trained one on {names}: {facts}."
     if verdict == "fail":
-        return verdict, "ROBUSTNESS_INFERIOR", f"The deployed model is less robust than the trained one: {facts}."
+        return (
+            verdict,
+            "ROBUSTNESS_INFERIOR",
+            f"The deployed model is less robust than the trained one: {facts}.",
+        )
     wanted = [arm["samples_to_decide"] for arm in deciding if arm["samples_to_decide"]]
     more = f" About {max(wanted):,} images would decide." if wanted else ""
-    return verdict, "INCONCLUSIVE", f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}"
+    return (
+        verdict,
+        "INCONCLUSIVE",
+        f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}",
+    )
 
 
 def _judge(target: Target, images: Images, crafted: Mapping[str, Crafted]) -> dict[str, Hits]:
@@ -263,9 +271,7 @@ def _placement_row(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _gallery(
-    images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]
-) -> list[GalleryItem]:
+def _gallery(images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]) -> list[GalleryItem]:
     """Some images that fooled their target, the attacks in turn, no image twice."""
     items: list[GalleryItem] = []
     taken: set[int] = set()

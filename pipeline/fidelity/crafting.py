@@ -130,7 +130,7 @@ ATTACKS: tuple[Attack, ...] = (
         _per_member,
     ),
     Attack(
-        "black box on reference",
+        "black box, float",
         "float",
         "Square on the float SNN",
         "no gradients, queries to the reference",
@@ -167,11 +167,11 @@ def craft_all(
     """
     crafted = {}
     for attack in attacks:
-        path = folder / f"{attack.name.replace(' ', '-')}-{_key(attack, images, settings, identity)}.npz"
+        path = folder / f"{attack.name.replace(', ', '-').replace(' ', '-')}-{_key(attack, images, settings, identity)}.npz"
         if path.is_file():
             crafted[attack.name] = load_crafted(path, images.codes.shape)
             continue
-        with track(f"attack: {attack.name}", attack.work(len(images.labels), settings)) as advance:
+        with track(attack.name, attack.work(len(images.labels), settings)) as advance:
             crafted[attack.name] = attack.craft(targets[attack.target], images, settings, advance)
         save_crafted(path, crafted[attack.name])
     return crafted
@@ -211,9 +211,7 @@ def load_crafted(path: Path, shape: tuple[int, ...]) -> Crafted:
     arrays = read_arrays(path)
     try:
         share = float(arrays["zero_gradients"])
-        crafted = Crafted(
-            arrays["codes"], arrays["fooled"], None if np.isnan(share) else share, int(arrays["queries"])
-        )
+        crafted = Crafted(arrays["codes"], arrays["fooled"], None if np.isnan(share) else share, int(arrays["queries"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SpikeguardError(f"{path} holds no crafted images ({error}); delete it and run again") from error
     if crafted.codes.shape != shape or crafted.codes.dtype != np.uint8 or crafted.fooled.shape != shape[:1]:

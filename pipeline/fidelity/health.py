@@ -79,11 +79,9 @@ def nothing_survives_a_huge_budget(target: GradientTarget, images: Images) -> He
     )
 
 
-def examine(
-    targets: Mapping[str, GradientTarget], crafted: Mapping[str, Crafted], images: Images
-) -> list[HealthCheck]:
+def examine(targets: Mapping[str, GradientTarget], crafted: Mapping[str, Crafted], images: Images) -> list[HealthCheck]:
     """All checks on both models."""
-    sources = {"float": ("transfer", "black box on reference"), "integer": ("adaptive", "black box")}
+    sources = {"float": ("transfer", "black box, float"), "integer": ("adaptive", "black box")}
     checks = []
     for model, (white, black) in sources.items():
         checks.append(gradients_are_not_zero(model, crafted[white]))

@@ -12,6 +12,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-from pipeline.fidelity.wording import points
+from pipeline.fidelity.wording import MINUS, points
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
@@ -35,8 +36,10 @@ COLOURS = {
     "forbidden": "#010208",
     "track": "#010209",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "spikeguard",  # equal reports give equal pages
+    "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,
     "font.size": 13,
     "text.color": COLOURS["ink"],
@@ -44,9 +47,12 @@ STYLE = {
     "hatch.linewidth": 0.8,
 }
 WIDTH = 440.0
-VALUE_WIDTH = 62.0
+LEFT, VALUE_WIDTH = 6.0, 62.0
+AXES_WIDTH = WIDTH - LEFT - VALUE_WIDTH
+VALUE_RIGHT = 1 + (VALUE_WIDTH - 2) / AXES_WIDTH  # in fractions of the axes
 LABEL_HEIGHT, BAR_HEIGHT, ROW_GAP, AXIS_HEIGHT = 24.0, 19.0, 14.0, 26.0
 IMAGE_PIXELS = 160
+METADATA = ("Creator", "Date", "Format", "Type")
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,8 @@ def difference_plot(name: str, title: str, rows: Sequence[DifferenceRow], margin
     height = row_height * len(rows)
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(height, (low, high))
-        axes.axvspan(low, -100 * margin, facecolor="none", edgecolor=COLOURS["forbidden"], hatch="///", lw=0, alpha=0.35)
-        axes.axvline(0, color=COLOURS["line"], lw=1)
-        axes.axvline(-100 * margin, color=COLOURS["forbidden"], lw=1.5, dashes=(4, 3))
         for index, row in enumerate(rows):
-            _difference(axes, index * row_height, row, index > 0)
+            _difference(axes, index * row_height, row, -100 * margin, index > 0)
         _ticks(axes, _nice_ticks(low, high), "points")
         return _svg(figure, name, title)
 
@@ -146,7 +149,7 @@ def perturbation(clean: NDArray[np.uint8], adversarial: NDArray[np.uint8], full_
 
 
 def picture(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pixel codes ``(channels, height, width)`` as ``(height, width, 3)``; other than three channels as their mean in grey."""
+    """Pixel codes ``(channels, height, width)`` as ``(height, width, 3)``; unless three, channels give their mean."""
     if len(image) == 3:
         return image.transpose(1, 2, 0)
     grey = np.rint(image.mean(axis=0)).astype(np.uint8)
@@ -158,7 +161,7 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
     factor = max(1, IMAGE_PIXELS // max(pixels.shape[:2]))
     enlarged = np.repeat(np.repeat(pixels, factor, axis=0), factor, axis=1)
     content = io.BytesIO()
-    imsave(content, np.ascontiguousarray(enlarged), format="png", metadata={"Software": None})
+    imsave(content, np.ascontiguousarray(enlarged), format="png")
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
@@ -166,7 +169,7 @@ def _canvas(height: float, limits: tuple[float, float]) -> tuple[Figure, Axes]:
     """An empty picture whose vertical unit is one pixel, growing downwards, values free at the right."""
     total = height + AXIS_HEIGHT
     figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)
-    axes = figure.add_axes((6 / WIDTH, AXIS_HEIGHT / total, (WIDTH - VALUE_WIDTH - 6) / WIDTH, height / total))
+    axes = figure.add_axes((LEFT / WIDTH, AXIS_HEIGHT / total, AXES_WIDTH / WIDTH, height / total))
     axes.set_xlim(*limits)
     axes.set_ylim(height, 0)
     axes.set_yticks([])
@@ -180,14 +183,11 @@ def _canvas(height: float, limits: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def _label(axes: Axes, top: float, text: str, strong: bool, ruled: bool) -> None:
     """The row's name at its upper left, a hairline above all rows but the first."""
-    low, high = axes.get_xlim()
     if ruled:
-        axes.plot([0, WIDTH / (WIDTH - VALUE_WIDTH - 6)], [top, top], transform=axes.get_yaxis_transform(),
+        axes.plot([0, VALUE_RIGHT], [top, top], transform=axes.get_yaxis_transform(),
                   color=COLOURS["track"], lw=1, clip_on=False)  # fmt: skip
-    axes.text(
-        low, top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight="bold" if strong else "normal",
-        color=COLOURS["ink"],
-    )  # fmt: skip
+    weight = "bold" if strong else "normal"
+    axes.text(axes.get_xlim()[0], top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight=weight)
 
 
 def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
@@ -203,13 +203,17 @@ def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
 
 def _value(axes: Axes, middle: float, text: str, colour: str) -> None:
     """A number in the column at the right, aligned at its end."""
-    right = 1 + (VALUE_WIDTH - 2) / (WIDTH - VALUE_WIDTH - 6)
-    axes.text(right, middle, text, transform=axes.get_yaxis_transform(), va="center", ha="right", color=colour)
+    axes.text(VALUE_RIGHT, middle, text, transform=axes.get_yaxis_transform(), va="center", ha="right", color=colour)
 
 
-def _difference(axes: Axes, top: float, row: DifferenceRow, ruled: bool) -> None:
+def _difference(axes: Axes, top: float, row: DifferenceRow, limit: float, ruled: bool) -> None:
     _label(axes, top, row.label, row.strong, ruled)
-    middle = top + LABEL_HEIGHT + BAR_HEIGHT
+    upper, middle, lower = (top + LABEL_HEIGHT + k * BAR_HEIGHT for k in range(3))
+    low = axes.get_xlim()[0]
+    forbidden = COLOURS["forbidden"]
+    axes.fill_betweenx([upper, lower], low, limit, facecolor="none", edgecolor=forbidden, hatch="//", lw=0, alpha=0.45)
+    axes.plot([limit, limit], [upper, lower], color=forbidden, lw=2, dashes=(3, 2))
+    axes.plot([0, 0], [upper, lower], color=COLOURS["line"], lw=1)
     colour = COLOURS["ink" if row.strong else "muted"]
     if row.interval is not None:
         axes.plot([100 * end for end in row.interval], [middle, middle], color=colour, lw=1.5)
@@ -228,14 +232,45 @@ def _nice_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(axes: Axes, ticks: list[float], unit: str) -> None:
-    labels = [f"{tick:g}".replace("-", "\u2212") for tick in ticks]
-    axes.set_xticks(ticks, labels)
+    """Tick labels; the unit stands under the column of values."""
+    axes.set_xticks(ticks, [f"{tick:g}".replace("-", MINUS) for tick in ticks])
     axes.tick_params(axis="x", color=COLOURS["line"], labelcolor=COLOURS["muted"], labelsize=12, length=4)
-    axes.text(1.015, -5, unit, transform=axes.transAxes, color=COLOURS["muted"], size=12) if False else None
+    axes.annotate(
+        unit, (VALUE_RIGHT, 0), xytext=(0, -7), xycoords="axes fraction", textcoords="offset points",
+        color=COLOURS["muted"], size=12, va="top", ha="right",
+    )  # fmt: skip
 
 
 def _svg(figure: Figure, name: str, title: str) -> Markup:
-    """The picture as an inline ``<svg>``: page colours, unique identifiers, no links, said as ``title``."""
+    """The picture as an inline ``<svg>``: the page's colours, identifiers of its own, said as ``title``."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", transparent=True)
-    return Markup(drawn.getvalue().decode())
+    figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
+    root = ET.fromstring(drawn.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # The file's metadata and its page-wide style have no place inside another page.
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):
+                parent.remove(child)
+    for element in root.iter():
+        _adapt(element, name)
+    root.attrib.pop("width", None)
+    root.attrib.pop("height", None)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _adapt(element: ET.Element, name: str) -> None:
+    element.tag = element.tag.removeprefix(f"{{{SVG}}}")
+    reference = element.attrib.pop(XLINK_HREF, None)
+    if reference is not None:
+        element.set("href", reference.replace("#", f"#{name}-"))
+    for attribute, value in list(element.attrib.items()):
+        if attribute == "id":
+            element.set(attribute, f"{name}-{value}")
+        elif attribute == "clip-path":
+            element.set(attribute, value.replace("#", f"#{name}-"))
+        elif attribute in ("style", "fill"):
+            for variable, colour in COLOURS.items():
+                value = value.replace(colour, f"var(--{variable})")
+            element.set(attribute, value.replace("url(#", f"url(#{name}-"))

@@ -105,6 +105,5 @@ def divergence(first: Mapping[str, Any] | None) -> str:
     if first is None:
         return "none"
     return (
-        f"image {number(first.get('sample'))}, step {number(first.get('step'))}, "
-        f"neuron {number(first.get('neuron'))}"
+        f"image {number(first.get('sample'))}, step {number(first.get('step'))}, neuron {number(first.get('neuron'))}"
     )

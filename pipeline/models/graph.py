@@ -130,12 +130,24 @@ def _problems(graph: LayerGraph) -> list[Violation]:
     for index, layer in enumerate(graph.layers):
         produced = output_shape(layer, shape)
         if not produced:
-            refuse(layer, "fits the shape before it", f"{layer.kind} after {shape}", "a matching shape", "check sizes")
+            refuse(
+                layer,
+                "fits the shape before it",
+                f"{layer.kind} after {shape}",
+                "a matching shape",
+                "check sizes",
+            )
             return problems
         if layer.name in names or not layer.name.replace("_", "").isalnum():
             refuse(layer, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
         if layer.kind in ("relu", "spike") and previous not in ("conv", "linear", "batch_norm"):
-            refuse(layer, "neurons follow a weighted layer", previous, "conv, linear, batch_norm", "move it there")
+            refuse(
+                layer,
+                "neurons follow a weighted layer",
+                previous,
+                "conv, linear, batch_norm",
+                "move it there",
+            )
         if layer.kind == "batch_norm" and previous not in WEIGHTED:
             refuse(layer, "batch norm follows a weighted layer", previous, "conv, linear", "move it there")
         if layer.kind in WEIGHTED and previous in (*WEIGHTED, "batch_norm"):

@@ -25,7 +25,7 @@ class TracedNetwork:
     modules: Mapping[str, nn.Module]
 
 
-class Unsupported(Exception):  # noqa: N818 - control flow inside this module, never seen by users
+class Unsupported(Exception):  # control flow inside this module, never seen by users
     """An operation that cannot be deployed: what it is, and what to use instead."""
 
     def __init__(self, operation: str, allowed: str, remedy: str) -> None:
@@ -74,9 +74,7 @@ def trace_network(module: nn.Module, input_shape: tuple[int, ...]) -> TracedNetw
                 if holder is not None:
                     modules[name] = holder
         except Unsupported as refusal:
-            problems.append(
-                Violation(path, "can be deployed", refusal.operation, refusal.allowed, refusal.remedy)
-            )
+            problems.append(Violation(path, "can be deployed", refusal.operation, refusal.allowed, refusal.remedy))
         previous = node
     if problems:
         raise RuleViolations(f"network {type(module).__name__}", problems)
@@ -160,7 +158,12 @@ def _read_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[LayerKind, 
         raise Unsupported("a batch norm without statistics or affine", "both", "use the defaults")
     momentum = 0.1 if norm.momentum is None else norm.momentum
     spatial = isinstance(norm, nn.BatchNorm2d)
-    return "batch_norm", {"features": norm.num_features, "eps": norm.eps, "momentum": momentum, "spatial": spatial}
+    return "batch_norm", {
+        "features": norm.num_features,
+        "eps": norm.eps,
+        "momentum": momentum,
+        "spatial": spatial,
+    }
 
 
 def _average_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -> tuple[LayerKind, Options]:
@@ -197,20 +200,20 @@ def _arguments(node: torch.fx.Node, function: Callable[..., Any]) -> dict[str, A
 
 
 def _call_flatten(node: torch.fx.Node) -> tuple[LayerKind, Options]:
-    given = _arguments(node, lambda input, start_dim=0, end_dim=-1: None)  # noqa: A006, ARG005
+    given = _arguments(node, lambda input, start_dim=0, end_dim=-1: None)  # noqa: ARG005
     return _flatten(given["start_dim"], given["end_dim"])
 
 
 def _call_avg_pool(node: torch.fx.Node) -> tuple[LayerKind, Options]:
     given = _arguments(
         node,
-        lambda input, kernel_size, stride=None, padding=0, ceil_mode=False: None,  # noqa: A006, ARG005
+        lambda input, kernel_size, stride=None, padding=0, ceil_mode=False: None,  # noqa: ARG005
     )
     return _average_pool(given["kernel_size"], given["stride"], given["padding"], given["ceil_mode"])
 
 
 def _call_dropout(node: torch.fx.Node) -> tuple[LayerKind, Options]:
-    given = _arguments(node, lambda input, p=0.5, training=True, inplace=False: None)  # noqa: A006, ARG005
+    given = _arguments(node, lambda input, p=0.5, training=True, inplace=False: None)  # noqa: ARG005
     return "dropout", {"p": given["p"]}
 
 

@@ -71,9 +71,7 @@ def within(bounds: Bounds, values: NDArray[np.int32] | None) -> bool:
     return bool((values >= bounds.lower.reshape(-1)).all() and (values <= bounds.upper.reshape(-1)).all())
 
 
-def unsaturated(
-    network: IntegerNetwork, codes: NDArray[np.uint8]
-) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
+def unsaturated(network: IntegerNetwork, codes: NDArray[np.uint8]) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
     """All spikes and the readouts of the same network with membranes of unlimited width (no decay)."""
     activity = {"input": network.input.present(codes)}
     membranes = {p.name: np.zeros((len(codes), *p.shape), np.int64) for p in network.populations}
@@ -269,7 +267,7 @@ def test_a_readout_can_be_read_from_its_membrane_only_below_the_clip() -> None:
     [
         (one_neuron(2**24 // 255), True),
         (one_neuron(2**24 // 255 + 1), False),
-        (one_neuron(2**23 // 255, inhibition=2**23 // 255 + 1), False),
+        (one_neuron(2**23 // 255, inhibition=2**23 // 255 + 2), False),
         (one_neuron(2**24 // 255, bias=-(2**24 % 255) - 1), False),
         (one_neuron(1, voltage_decay=1), False),
     ],

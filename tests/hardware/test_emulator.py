@@ -77,9 +77,7 @@ def test_random_networks_are_alive() -> None:
     spiking = saturated = 0
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        network = build_network(
-            rng, spatial=True, hidden=2, leaky=False, reset="zero", saturating=True, steps=6
-        )
+        network = build_network(rng, spatial=True, hidden=2, leaky=False, reset="zero", saturating=True, steps=6)
         codes = rng.integers(0, network.input.max_code + 1, (3, *network.input.shape)).astype(np.uint8)
         recorded = run_reference(network, codes).populations.values()
         rates = [p.spikes.mean() for p in recorded if p.spikes is not None]

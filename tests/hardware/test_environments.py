@@ -154,9 +154,7 @@ class TestTorchBuild:
         with pytest.raises(SetupError, match="does not pin torchvision"):
             environments.pinned_version("torchvision", constraints)
 
-    @pytest.mark.parametrize(
-        ("body", "expected"), [("echo 'GPU 0: X'", True), ("exit 9", False), ("true", False)]
-    )
+    @pytest.mark.parametrize(("body", "expected"), [("echo 'GPU 0: X'", True), ("exit 9", False), ("true", False)])
     def test_a_gpu_counts_only_if_the_driver_lists_it(
         self, body: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -279,9 +277,7 @@ class TestRun:
 
     def test_an_interruption_ends_the_whole_process_group(self, tmp_path: Path) -> None:
         started = tmp_path / "started"
-        program = (
-            f"from hardware.environments import run; run(['sh', '-c', 'sleep 60 & touch {started}; wait'])"
-        )
+        program = f"from hardware.environments import run; run(['sh', '-c', 'sleep 60 & touch {started}; wait'])"
         reading, writing = os.pipe()  # ends when the last process that holds its other side does
         setup = subprocess.Popen(
             [sys.executable, "-c", program],
@@ -304,9 +300,7 @@ class TestRun:
         ("statuses", "expected"),
         [([0, 0], 0), ([0, 3], 3), ([3, 1], 1), ([1, 3], 1), ([2, 0], 2), ([], 0)],
     )
-    def test_a_failure_counts_more_than_a_missing_interpreter(
-        self, statuses: list[int], expected: int
-    ) -> None:
+    def test_a_failure_counts_more_than_a_missing_interpreter(self, statuses: list[int], expected: int) -> None:
         assert environments.overall_status(statuses) == expected
 
     def test_the_script_needs_nothing_installed(self, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import multiprocessing
 import multiprocessing.shared_memory
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
+LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 PARENT_POLL_SECONDS = 0.2
 RANDOM_NAME_CHARACTERS = 16
@@ -36,13 +38,16 @@ def die_with_parent(parent: int, prefix: str, folder: Path) -> None:
     covers a parent that was killed with no chance to clean up. It polls, because a pipe from the parent would
     stay open in whatever else the parent forked.
     """
-    os.register_at_fork(after_in_child=_be_killed_with_parent)
+    os.register_at_fork(after_in_child=functools.partial(_be_killed_with, os.getpid()))
     threading.Thread(target=_watch, args=(parent, prefix, folder), daemon=True).start()
 
 
-def _be_killed_with_parent() -> None:
+def _be_killed_with(worker: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The worker may have died between the fork and the request.
+    if os.getppid() != worker:
+        os._exit(1)
 
 
 def _watch(parent: int, prefix: str, folder: Path) -> None:

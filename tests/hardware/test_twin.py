@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hardware.bounds import exact_in_float32
+from hardware.errors import RuleViolations, SpikeguardError
+from hardware.network import (
+    DECAY_UNITY,
+    INPUT,
+    STATE_LIMIT,
+    InputSpec,
+    IntegerNetwork,
+    Population,
+    Synapse,
+)
+from hardware.reference import run_reference
+from hardware.surrogates import Surrogate
+from hardware.trace import compare_traces
+from hardware.twin import Twin, exact_convolution, unfolded_convolution
+from tests.hardware.strategies import build_network, cases
+from tests.hardware.test_emulator import PLANTED_ERRORS, assert_same, conv_network
+
+Case = tuple[IntegerNetwork, NDArray[np.uint8]]
+WIDE = Surrogate("exponential", 2.0)
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases())
+def test_twin_equals_reference(case: Case) -> None:
+    network, codes = case
+    expected = run_reference(network, codes)
+    twin = Twin(network)
+    assert_same(expected, twin.trace(codes))
+    logits = twin(images_of(network, codes))
+    assert logits.dtype == torch.float32
+    assert np.array_equal(logits.numpy(), network.logits(expected.readouts).astype(np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_gradients_equal_plain_autograd(case: Case) -> None:
+    """The fused backward against one operation after the other, every step in float64."""
+    network, codes = case
+    weights = torch.randn(len(codes), network.classes, dtype=torch.float64)
+    images = images_of(network, codes).double()
+    left, right = images.clone().requires_grad_(), images.clone().requires_grad_()
+    fused, plain = Twin(network, WIDE).double()(left), plain_logits(network, right, WIDE)
+    assert torch.equal(fused, plain.float())
+    (fused.double() * weights).sum().backward()
+    (plain * weights).sum().backward()
+    assert left.grad is not None
+    assert right.grad is not None
+    scale = right.grad.abs().max().clamp(min=1e-30)
+    # Logits are float32, so the gradient enters the fused backward rounded to 24 bits.
+    assert float((left.grad - right.grad).abs().max() / scale) < 1e-5
+
+
+def test_gradient_of_one_neuron_by_hand() -> None:
+    """Two steps, threshold mantissa 9, scale 10: z = (v - 9.5) / 10, and dv_1 / dr_1 = (1 - s) - r g."""
+    network = single_neuron()
+    twin = Twin(network, Surrogate("triangle", 1.0))
+    image = torch.tensor([[4 / 255]], requires_grad=True)
+    twin(image).sum().backward()
+    # r_1 = 0.4, no spike; r_2 = 0.8, no spike: the codes are 4 and 8 weight units.
+    g1, g2 = 1 - (9.5 - 4) / 10, 1 - (9.5 - 8) / 10
+    carried = 1 - 0.4 * g1
+    expected = (g1 + g2 * (1 + carried)) / 10 * 255 / 2
+    assert image.grad is not None
+    assert float(image.grad) == pytest.approx(expected, rel=1e-6)
+
+
+def test_surrogates_can_be_given_per_population_and_shared() -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(0, 16, (4, 1, 6, 6)).astype(np.uint8)
+    twin = Twin(network)
+    other = twin.with_surrogate({"conv": WIDE})
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(twin.buffers(), other.buffers(), strict=True))
+    wide = image_gradient(twin.with_surrogate(WIDE), codes)
+    assert torch.equal(image_gradient(other, codes), wide)
+    assert not torch.equal(image_gradient(twin, codes), wide)
+
+
+def test_a_rule_sees_all_steps_of_a_population() -> None:
+    shapes = []
+
+    class Spy:
+        def gradient(self, z: Tensor) -> Tensor:
+            shapes.append(tuple(z.shape))
+            return torch.ones_like(z)
+
+    image_gradient(Twin(conv_network(), Spy()), np.zeros((3, 1, 6, 6), np.uint8))
+    assert shapes == [(5, 3, 4, 6, 6)]
+
+
+def test_repeated_calls_carry_no_state() -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(0, 16, (4, 1, 6, 6)).astype(np.uint8)
+    twin = Twin(network)
+    assert torch.equal(image_gradient(twin, codes), image_gradient(twin, codes))
+    one_by_one = torch.cat([twin(images_of(network, codes[i : i + 1])) for i in range(4)])
+    assert torch.equal(one_by_one, twin(images_of(network, codes)))
+    assert not list(twin.parameters())
+
+
+@pytest.mark.parametrize("plant", PLANTED_ERRORS)
+def test_comparison_catches_planted_errors(plant: Callable[[IntegerNetwork], IntegerNetwork]) -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(0, 16, (60, 1, 6, 6)).astype(np.uint8)
+    expected = run_reference(network, codes)
+    assert compare_traces(expected, Twin(network).trace(codes)).equal
+    assert not compare_traces(expected, Twin(plant(network)).trace(codes)).equal
+
+
+def test_pixels_are_rounded_to_codes_and_pass_gradients() -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(1, 15, (2, 1, 6, 6)).astype(np.uint8)
+    twin = Twin(network, WIDE)
+    exact = images_of(network, codes)
+    for offset in (-0.4, 0.4):
+        moved = (exact + offset / network.input.max_code).requires_grad_()
+        logits = twin(moved)
+        (logits * torch.arange(1, 4)).sum().backward()
+        assert torch.equal(logits, twin(exact))
+        assert moved.grad is not None
+        assert torch.equal(moved.grad, image_gradient(twin, codes))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_images_outside_the_unit_range_are_refused(value: float) -> None:
+    images = torch.zeros(1, 1, 6, 6)
+    images[0, 0, 2, 2] = value
+    with pytest.raises(SpikeguardError, match=r"\[0, 1\]"):
+        Twin(conv_network())(images)
+
+
+def test_images_and_codes_of_another_shape_are_refused() -> None:
+    twin = Twin(conv_network())
+    with pytest.raises(SpikeguardError, match="reads"):
+        twin(torch.zeros(1, 4, 1, 6, 6))
+    with pytest.raises(RuleViolations, match="shape"):
+        twin.trace(np.zeros((1, 1, 6, 5), np.uint8))
+
+
+def test_float32_is_chosen_only_where_it_is_proven() -> None:
+    rng = np.random.default_rng(3)
+    plain = build_network(rng, spatial=True, hidden=2, leaky=False, reset="zero", saturating=False, steps=4)
+    assert exact_in_float32(plain)
+    assert Twin(plain).dtype == torch.float32
+    leaky = build_network(rng, spatial=True, hidden=2, leaky=True, reset="zero", saturating=False, steps=4)
+    assert Twin(leaky).dtype == torch.float64
+    assert Twin(plain).double().dtype == torch.float64
+    with pytest.raises(SpikeguardError, match="does not hold"):
+        Twin(leaky).float()(torch.zeros(1, *leaky.input.shape))
+
+
+def test_sums_beyond_float32_are_exact_in_float64() -> None:
+    """A readout sum above 2**24 that float32 would round."""
+    network = single_neuron(weight=2**17 - 1, readout_weight=2**23 + 1)
+    codes = np.array([[255]], np.uint8)
+    twin = Twin(network)
+    assert twin.dtype == torch.float64
+    assert_same(run_reference(network, codes), twin.trace(codes))
+    assert int(twin.trace(codes).readouts[0, 0]) == 2 * (2**23 + 1)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16, 33])
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (6, 2, 2), (2, 3, 0), (5, 1, 4)])
+def test_both_convolutions_are_exact_on_integers(batch: int, geometry: tuple[int, int, int]) -> None:
+    kernel, stride, padding = geometry
+    generator = torch.Generator().manual_seed(batch)
+    activity = torch.randint(0, 256, (batch, 16, 9, 7), generator=generator).float()
+    weight = torch.randint(-128, 128, (8, 16, kernel, kernel), generator=generator).float()
+    expected = F.conv2d(activity.double(), weight.double(), stride=stride, padding=padding).float()
+    assert torch.equal(exact_convolution(activity, weight, stride, padding), expected)
+    assert torch.equal(unfolded_convolution(activity, weight, stride, padding), expected)
+
+
+def images_of(network: IntegerNetwork, codes: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(codes.astype(np.float32)) / network.input.max_code
+
+
+def image_gradient(twin: Twin, codes: NDArray[np.uint8]) -> Tensor:
+    images = images_of(twin.network, codes).requires_grad_()
+    logits = twin(images)
+    (logits * torch.arange(1, logits.shape[1] + 1)).sum().backward()
+    assert images.grad is not None
+    return images.grad
+
+
+def single_neuron(weight: int = 1, readout_weight: int = 1) -> IntegerNetwork:
+    """One pixel, one neuron with threshold mantissa 9 and scale 10, two steps."""
+    return IntegerNetwork(
+        InputSpec((1,)),
+        (
+            Population("neuron", (1,), 9, np.zeros(1, np.int64), 10.0),
+            Population("out", (1,), 0, np.zeros(1, np.int64), 1.0, spiking=False),
+        ),
+        (
+            Synapse("input", "neuron", "dense", np.array([[weight]], np.int32), 18),
+            Synapse("neuron", "out", "dense", np.array([[readout_weight]], np.int32), 25),
+        ),
+        2,
+    )
+
+
+class _PlainSpike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, surrogate: Surrogate) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.surrogate = surrogate
+        return (z > 0).double()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (z,) = ctx.saved_tensors
+        return gradient * ctx.surrogate.gradient(z), None
+
+
+def passed_on(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The value of ``exact`` with the gradient of ``smooth``."""
+    return exact.detach() + (smooth - smooth.detach())
+
+
+def plain_logits(network: IntegerNetwork, images: Tensor, surrogate: Surrogate) -> Tensor:
+    """The network step by step in autograd's own operations, float64."""
+    changing = images.ndim == len(network.input.shape) + 2
+    scaled = images * network.input.max_code
+    codes = passed_on(scaled.round(), scaled)
+    state = {p.name: (torch.zeros(()), torch.zeros(())) for p in network.populations}
+    readout = torch.zeros(())
+    for step in range(network.steps):
+        activity = {INPUT: with_constants(network, codes[:, step] if changing else codes)}
+        for p in network.populations:
+            total = sum(propagated(s, activity[s.source]) for s in network.incoming(p.name))
+            assert isinstance(total, Tensor)
+            bias = torch.from_numpy(p.bias).double()
+            u, v = state[p.name]
+            u = decayed(u, p.current_decay) + 64 * total
+            v = decayed(v, p.voltage_decay) + u + 64 * bias
+            v = passed_on(v.clamp(-STATE_LIMIT, STATE_LIMIT), v)
+            if p.spiking:
+                spikes = _PlainSpike.apply((v / 64 - p.threshold - 0.5) / p.scale, surrogate)
+                # Between 64 threshold and half a unit above lies only what decay or the clip put there.
+                fires = (v > 64 * p.threshold).double()
+                spikes = passed_on(fires, spikes)
+                v = v * (1 - spikes) if p.reset == "zero" else v - 64 * p.threshold * spikes
+                activity[p.name] = spikes
+            else:
+                readout = readout + total + bias
+            state[p.name] = (u, v)
+    return readout.flatten(1) / (network.steps * network.readout.scale)
+
+
+def with_constants(network: IntegerNetwork, codes: Tensor) -> Tensor:
+    spec = network.input
+    planes = [torch.full((len(codes), 1, *spec.shape[1:]), c, dtype=codes.dtype) for c in spec.constant_codes]
+    return torch.cat([codes, *planes], dim=1)
+
+
+def propagated(synapse: Synapse, activity: Tensor) -> Tensor:
+    weight = torch.from_numpy(synapse.weight).double()
+    if synapse.kind == "dense":
+        return activity.flatten(1) @ weight.T
+    return F.conv2d(activity, weight, stride=synapse.stride, padding=synapse.padding)
+
+
+def decayed(state: Tensor, share: int) -> Tensor:
+    smooth = state * (DECAY_UNITY - share) / DECAY_UNITY
+    return passed_on(smooth.trunc(), smooth)
