@@ -19,7 +19,8 @@ import numpy as np
 from hardware.files import atomic_path
 from hardware.network import IntArray, IntegerNetwork, Population, Shape, Synapse
 from hardware.runtimes.lava_job import lava_threshold, to_lava_axes
-from hardware.runtimes.lava_rules import NETX_RULES, require
+from hardware.targets.lava import NETX
+from hardware.targets.rules import require
 
 CARD_ATTRIBUTE = "spikeguard_semantics"
 NEURON_TYPE = "CUBA"
@@ -36,7 +37,7 @@ def write_netx(network: IntegerNetwork, path: Path) -> None:
     Raises:
         RuleViolations: everything about the network that netx cannot load and run exactly.
     """
-    require(network, NETX_RULES, "netx export")
+    require(network, NETX, "netx export")
     with atomic_path(path) as temporary, h5py.File(temporary, "w", track_order=False) as file:
         file.attrs[CARD_ATTRIBUTE] = json.dumps(network.semantics_card(), sort_keys=True)
         layers = [_input_layer(network.input.presented_shape)]

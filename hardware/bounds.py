@@ -72,22 +72,21 @@ class BoundRow:
 
 def prove(network: IntegerNetwork) -> list[BoundRow]:
     """All that is proven, one row per population, for printing and for decisions."""
-    sums = synaptic_bounds(network)
-    membranes = membrane_bounds(network)
-    currents = current_bounds(network)
-    return [
-        BoundRow(
-            population=p.name,
-            sum_range=sums[p.name].range,
-            sum_limit=WRAP_LIMIT,
-            can_wrap=_leaves_state(currents[p.name]),
-            membrane_range=membranes[p.name].range,
-            can_saturate=_can_saturate(p, sums[p.name], network.steps),
-            saturation_is_harmless=_saturation_is_harmless(p, sums[p.name], network.steps),
-            exact_in_float32=_population_is_exact_in_float32(network, p),
-        )
-        for p in network.populations
-    ]
+    bounds, magnitudes = synaptic_bounds(network), synaptic_magnitudes(network)
+    return [_prove(p, bounds[p.name], magnitudes[p.name], network.steps) for p in network.populations]
+
+
+def _prove(population: Population, sums: Bounds, magnitudes: Int64Array, steps: int) -> BoundRow:
+    return BoundRow(
+        population=population.name,
+        sum_range=sums.range,
+        sum_limit=WRAP_LIMIT,
+        can_wrap=_leaves_state(_hull(step.current for step in _walk(population, sums, steps))),
+        membrane_range=_hull(step.after for step in _walk(population, sums, steps)).range,
+        can_saturate=_can_saturate(population, sums, steps),
+        saturation_is_harmless=_saturation_is_harmless(population, sums, steps),
+        exact_in_float32=_is_exact_in_float32(population, magnitudes, steps),
+    )
 
 
 def synaptic_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
@@ -97,9 +96,9 @@ def synaptic_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
         lower = np.zeros(population.shape, np.int64)
         upper = np.zeros(population.shape, np.int64)
         for synapse in network.incoming(population.name):
-            low, high = _activity_range(network.input, network.source_shape(synapse), synapse.source)
-            excitation, inhibition = np.maximum(synapse.weight, 0), np.minimum(synapse.weight, 0)
             shape = network.source_shape(synapse)
+            low, high = _activity_range(network.input, shape, synapse.source)
+            excitation, inhibition = np.maximum(synapse.weight, 0), np.minimum(synapse.weight, 0)
             upper += _drive(synapse, excitation, high, shape) + _drive(synapse, inhibition, low, shape)
             lower += _drive(synapse, excitation, low, shape) + _drive(synapse, inhibition, high, shape)
         bounds[population.name] = Bounds(lower, upper)
@@ -122,17 +121,13 @@ def synaptic_magnitudes(network: IntegerNetwork) -> dict[str, Int64Array]:
 def current_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
     """Bounds of the current u over all steps, in state units, by population."""
     sums = synaptic_bounds(network)
-    return {
-        p.name: _hull((s.current for s in _walk(p, sums[p.name], network.steps)), p.shape) for p in network.populations
-    }
+    return {p.name: _hull(s.current for s in _walk(p, sums[p.name], network.steps)) for p in network.populations}
 
 
 def membrane_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
     """Bounds of the membrane after reset over all steps, in state units, by population."""
     sums = synaptic_bounds(network)
-    return {
-        p.name: _hull((s.after for s in _walk(p, sums[p.name], network.steps)), p.shape) for p in network.populations
-    }
+    return {p.name: _hull(s.after for s in _walk(p, sums[p.name], network.steps)) for p in network.populations}
 
 
 def readout_bounds(network: IntegerNetwork) -> Bounds:
@@ -160,7 +155,8 @@ def saturation_is_harmless(network: IntegerNetwork) -> bool:
 
 def exact_in_float32(network: IntegerNetwork) -> bool:
     """Proof that float32 arithmetic gives the same integers, in any order of summation."""
-    return all(_population_is_exact_in_float32(network, p) for p in network.populations)
+    magnitudes = synaptic_magnitudes(network)
+    return all(_is_exact_in_float32(p, magnitudes[p.name], network.steps) for p in network.populations)
 
 
 def require_no_wrap(network: IntegerNetwork) -> None:
@@ -259,12 +255,11 @@ def _after_reset(population: Population, before: Bounds) -> Bounds:
     )
 
 
-def _hull(intervals: Iterator[Bounds], shape: Shape) -> Bounds:
-    first = next(intervals)
-    lower, upper = first.lower.reshape(shape), first.upper.reshape(shape)
+def _hull(intervals: Iterator[Bounds]) -> Bounds:
+    hull = next(intervals)
     for interval in intervals:
-        lower, upper = np.minimum(lower, interval.lower), np.maximum(upper, interval.upper)
-    return Bounds(lower, upper)
+        hull = Bounds(np.minimum(hull.lower, interval.lower), np.maximum(hull.upper, interval.upper))
+    return hull
 
 
 def _saturate(state: Int64Array) -> Int64Array:
@@ -305,7 +300,7 @@ def _saturation_is_harmless(population: Population, sums: Bounds, steps: int) ->
     return True
 
 
-def _population_is_exact_in_float32(network: IntegerNetwork, population: Population) -> bool:
+def _is_exact_in_float32(population: Population, magnitudes: Int64Array, steps: int) -> bool:
     """Whether all intermediate values are integers that float32 holds, or are clipped all the same.
 
     Sums in weight units below 2**24 are exact in any order, and so are 64 times them. Added to a membrane of
@@ -314,5 +309,5 @@ def _population_is_exact_in_float32(network: IntegerNetwork, population: Populat
     """
     if population.is_leaky:
         return False
-    largest = int((synaptic_magnitudes(network)[population.name] + np.abs(population.bias)).max())
-    return largest * (1 if population.spiking else network.steps) < FLOAT32_INTEGERS
+    largest = int((magnitudes + np.abs(population.bias)).max())
+    return largest * (1 if population.spiking else steps) < FLOAT32_INTEGERS

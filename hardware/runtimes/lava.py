@@ -23,15 +23,14 @@ from hardware.files import read_arrays, write_arrays, write_json
 from hardware.formats.hdf5_guard import require_plain_hdf5
 from hardware.network import IntArray, IntegerNetwork
 from hardware.runtimes.lava_job import Arrays, Engine, describe_input, describe_network, read_records
-from hardware.runtimes.lava_rules import LAVA_RULES, NETX_RULES, require
 from hardware.runtimes.supervisor import run_supervised
+from hardware.targets.lava import LAVA, NETX
+from hardware.targets.rules import require
 from hardware.trace import Record, Trace
 
 PYTHON_VARIABLE = "SPIKEGUARD_LAVA_PYTHON"
 WORKER = Path(__file__).parent / "lava_worker" / "worker.py"
-SETUP_REMEDY = (
-    f"run `make setup`, or set {PYTHON_VARIABLE} to the Python of an environment with lava-nc and lava-dl"
-)
+SETUP_REMEDY = f"run `make setup`, or set {PYTHON_VARIABLE} to the Python of an environment with lava-nc and lava-dl"
 
 # Time limits are generous multiples of what was measured: about a millisecond per process and step, and tens
 # of nanoseconds per synaptic operation of the simulator's convolution.
@@ -90,9 +89,7 @@ class _Lava:
 
     name: str
 
-    def __init__(
-        self, network: IntegerNetwork, engine: Engine, python: Path | None, time_limit: float | None
-    ) -> None:
+    def __init__(self, network: IntegerNetwork, engine: Engine, python: Path | None, time_limit: float | None) -> None:
         self.network = network
         self.python = python or locate_lava_python()
         self.time_limit = time_limit
@@ -158,10 +155,8 @@ class LavaRuntime(_Lava):
 
     name = "lava"
 
-    def __init__(
-        self, network: IntegerNetwork, *, python: Path | None = None, time_limit: float | None = None
-    ) -> None:
-        require(network, LAVA_RULES, "Lava processes")
+    def __init__(self, network: IntegerNetwork, *, python: Path | None = None, time_limit: float | None = None) -> None:
+        require(network, LAVA, "Lava processes")
         super().__init__(network, "processes", python, time_limit)
 
 
@@ -188,7 +183,7 @@ class NetxRuntime(_Lava):
         python: Path | None = None,
         time_limit: float | None = None,
     ) -> None:
-        require(network, NETX_RULES, "lava-dl netx")
+        require(network, NETX, "lava-dl netx")
         require_plain_hdf5(path)
         super().__init__(network, "netx", python, time_limit)
         self._facts["net"] = str(path.resolve())
@@ -202,6 +197,4 @@ def default_time_limit(network: IntegerNetwork, samples: int) -> float:
     )
     processes = 1 + 2 * len(network.populations)
     steps = samples * network.steps + len(network.populations)
-    return STARTUP_LIMIT_SECONDS + steps * (
-        processes * SECONDS_PER_PROCESS_STEP + operations * SECONDS_PER_OPERATION
-    )
+    return STARTUP_LIMIT_SECONDS + steps * (processes * SECONDS_PER_PROCESS_STEP + operations * SECONDS_PER_OPERATION)

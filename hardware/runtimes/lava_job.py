@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from hardware.errors import SpikeguardError
 from hardware.network import FRACTION_BITS, STATE_LIMIT, IntArray, IntegerNetwork, Population, Shape
-from hardware.runtimes.lava_rules import MAX_VTH_MANTISSA, dense_weight_exponent
+from hardware.targets.lava import dense_weight_exponent
+from hardware.targets.loihi2 import MAX_VTH_MANTISSA
 from hardware.trace import PopulationTrace, Record, Trace
 
 Engine = Literal["processes", "netx"]
@@ -39,9 +40,7 @@ def describe_network(network: IntegerNetwork, engine: Engine) -> tuple[dict[str,
                 "current_decay": population.current_decay,
                 "voltage_decay": population.voltage_decay,
             }
-            arrays[f"weight.{index}"] = (
-                lava_kernel(synapse.weight) if synapse.kind == "conv" else synapse.weight
-            )
+            arrays[f"weight.{index}"] = lava_kernel(synapse.weight) if synapse.kind == "conv" else synapse.weight
             arrays[f"bias.{index}"] = to_lava_axes(population.bias, population.shape).astype(np.int32)
         layers.append(facts)
     graded = network.input.max_code > 1
@@ -78,9 +77,7 @@ def describe_input(network: IntegerNetwork, codes: IntArray) -> tuple[dict[str, 
     return {"hold": hold}, {"frames": frames}
 
 
-def read_records(
-    network: IntegerNetwork, samples: int, records: Mapping[str, NDArray[Any]], record: Record
-) -> Trace:
+def read_records(network: IntegerNetwork, samples: int, records: Mapping[str, NDArray[Any]], record: Record) -> Trace:
     """Cut the worker's records into samples and steps, undoing the latency of one step per layer.
 
     Raises:
@@ -130,9 +127,7 @@ def lava_threshold(population: Population) -> int:
     return population.threshold if population.spiking else MAX_VTH_MANTISSA
 
 
-def _cut(
-    recorded: NDArray[Any], population: Population, depth: int, samples: int, steps: int
-) -> NDArray[Any]:
+def _cut(recorded: NDArray[Any], population: Population, depth: int, samples: int, steps: int) -> NDArray[Any]:
     """(Lava steps, *Lava shape) -> (samples, steps, neurons)."""
     window = recorded[depth : depth + samples * steps]
     ordered = to_lava_axes(window, population.shape)

@@ -60,9 +60,7 @@ class OnnxRuntime:
         """
         changes_over_time = inputs.ndim == len(self._unrolled.image_shape) + 2
         if changes_over_time and self._step is None:
-            raise SpikeguardError(
-                "inputs that change over time need the single-step graph; give its path too"
-            )
+            raise SpikeguardError("inputs that change over time need the single-step graph; give its path too")
         parts = []
         for start in range(0, max(len(inputs), 1), BATCH_SAMPLES):
             batch = inputs[start : start + BATCH_SAMPLES]
@@ -109,9 +107,7 @@ def load_model(path: Path, kind: str, threads: int = 1) -> OnnxModel:
     """
     content = read_bytes(path, MAX_MODEL_BYTES)
     if EXTERNAL_DATA.search(content):
-        raise SpikeguardError(
-            f"{path} keeps data in other files, which is not allowed; export it as one file"
-        )
+        raise SpikeguardError(f"{path} keeps data in other files, which is not allowed; export it as one file")
     onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -124,13 +120,9 @@ def load_model(path: Path, kind: str, threads: int = 1) -> OnnxModel:
         properties = session.get_modelmeta().custom_metadata_map
         ports = [*session.get_inputs(), *session.get_outputs()]
     except Exception as error:  # its exception types share no base class
-        raise SpikeguardError(
-            f"{path} is not a usable ONNX model ({_first_line(error)}); {REMEDY}"
-        ) from error
+        raise SpikeguardError(f"{path} is not a usable ONNX model ({_first_line(error)}); {REMEDY}") from error
     steps = properties.get(STEPS_KEY, "")
-    if properties.get(KIND_KEY) != kind or not (
-        steps.isascii() and steps.isdigit() and 0 < int(steps) < 2**16
-    ):
+    if properties.get(KIND_KEY) != kind or not (steps.isascii() and steps.isdigit() and 0 < int(steps) < 2**16):
         raise SpikeguardError(f"{path} is not the {kind} graph of a spiking network; {REMEDY}")
     problems = _port_violations(session, kind)
     if problems:
@@ -151,9 +143,7 @@ def run_steps(model: OnnxModel, inputs: IntArray, record: Record) -> Trace:
     names = _populations(port.name for port in model.session.get_outputs())
     spiking = [name for name in names if f"spikes_{name}" in model.shapes]
     wanted = ["readout", *(f"next_membrane_{n}" for n in names), *(f"spikes_{n}" for n in spiking)]
-    states = {
-        f"membrane_{n}": np.zeros((len(codes), *model.shapes[f"membrane_{n}"]), np.float32) for n in names
-    }
+    states = {f"membrane_{n}": np.zeros((len(codes), *model.shapes[f"membrane_{n}"]), np.float32) for n in names}
     states["readout_before"] = np.zeros((len(codes), *model.shapes["readout"]), np.int32)
     history: dict[str, list[NDArray[Any]]] = {key: [] for key in wanted}
     for step in range(model.steps):
@@ -199,13 +189,9 @@ def _codes(model: OnnxModel, inputs: IntArray, leading: int) -> NDArray[np.uint8
         rule = "shape is the model's"
         row = Violation("input", rule, str(inputs.shape), shape, "reshape or resize the images")
         raise RuleViolations(str(model.path), [row])
-    if not np.issubdtype(inputs.dtype, np.integer) or (
-        inputs.size and not 0 <= inputs.min() <= inputs.max() <= 255
-    ):
+    if not np.issubdtype(inputs.dtype, np.integer) or (inputs.size and not 0 <= inputs.min() <= inputs.max() <= 255):
         actual = f"{inputs.dtype}" + (f" {inputs.min()}..{inputs.max()}" if inputs.size else "")
-        row = Violation(
-            "input", "codes are 8-bit integers", actual, "integers 0..255", "round and clip the images"
-        )
+        row = Violation("input", "codes are 8-bit integers", actual, "integers 0..255", "round and clip the images")
         raise RuleViolations(str(model.path), [row])
     return np.ascontiguousarray(inputs, np.uint8)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hardware.errors import SpikeguardError, Violation
+from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.geometry import edges, positions_and_channels
 from hardware.network import IntegerNetwork, Synapse
 from hardware.trace import Trace
@@ -121,6 +121,17 @@ def check(network: IntegerNetwork, target: Target) -> list[Violation]:
         for rule in target.rules
         for breach in rule(network)
     ]
+
+
+def require(network: IntegerNetwork, target: Target, subject: str) -> None:
+    """Refuse a network that breaks a rule of ``target``.
+
+    Raises:
+        RuleViolations: with every violation of every rule.
+    """
+    violations = check(network, target)
+    if violations:
+        raise RuleViolations(subject, violations)
 
 
 def placement(network: IntegerNetwork, target: Target) -> Placement:

@@ -35,6 +35,7 @@ COLOURS = {
     "deployed": "#010207",
     "forbidden": "#010208",
     "track": "#010209",
+    "card": "#01020a",
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -131,7 +132,7 @@ def difference_plot(name: str, title: str, rows: Sequence[DifferenceRow], margin
 
 
 def perturbation(clean: NDArray[np.uint8], adversarial: NDArray[np.uint8], full_scale: int) -> NDArray[np.uint8]:
-    """The signed change as a picture: grey where nothing changed, orange brighter, blue darker; per channel in colour.
+    """The signed change as a picture: orange brighter, violet darker, near white unchanged.
 
     Args:
         clean: codes ``(channels, height, width)``.
@@ -144,7 +145,8 @@ def perturbation(clean: NDArray[np.uint8], adversarial: NDArray[np.uint8], full_
     change = (adversarial.astype(np.float64) - clean) / max(full_scale, 1)
     if len(change) == 3:
         return np.clip(np.rint(127.5 + 127.5 * change), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    rgba = mpl.colormaps["PuOr_r"](np.clip(0.5 + 0.5 * change.mean(axis=0), 0, 1), bytes=True)
+    # The map's ends are too dark to tell apart: its middle 70 percent run from violet over white to orange.
+    rgba = mpl.colormaps["PuOr_r"](0.5 + 0.35 * np.clip(change.mean(axis=0), -1, 1), bytes=True)
     return np.asarray(rgba, np.uint8)[..., :3]
 
 
@@ -195,10 +197,20 @@ def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
     axes.barh(middle, limit, thickness, color=COLOURS["track"])
     axes.barh(middle, bar.value, thickness, color=COLOURS[bar.colour])
     if bar.interval is not None:
-        axes.plot(bar.interval, [middle, middle], color=COLOURS["ink"], lw=1.5, solid_capstyle="butt", clip_on=False)
-        for end in bar.interval:
-            axes.plot([end, end], [middle - 4, middle + 4], color=COLOURS["ink"], lw=1.5, clip_on=False)
+        # A rim in the page's own colour keeps the interval readable on a bar of any colour.
+        for colour, rim in ((COLOURS["card"], 1.5), (COLOURS["ink"], 0.0)):
+            _whiskers(axes, middle, bar.interval, colour, rim)
     _value(axes, middle, bar.text, COLOURS["ink"])
+
+
+def _whiskers(axes: Axes, middle: float, interval: tuple[float, float], colour: str, rim: float) -> None:
+    low, high = interval
+    path = [(low, -4.0), (low, 4.0), (low, 0.0), (high, 0.0), (high, -4.0), (high, 4.0)]
+    across, offsets = zip(*path, strict=True)
+    axes.plot(
+        across, [middle + offset for offset in offsets],
+        color=colour, lw=1.5 + 2 * rim, solid_capstyle="projecting", clip_on=False,
+    )  # fmt: skip
 
 
 def _value(axes: Axes, middle: float, text: str, colour: str) -> None:
@@ -220,7 +232,7 @@ def _difference(axes: Axes, top: float, row: DifferenceRow, limit: float, ruled:
     axes.plot([100 * row.lower_bound] * 2, [middle - 9, middle + 9], color=colour, lw=3, solid_capstyle="butt")
     axes.plot([100 * row.difference], [middle], "D", color=COLOURS["deployed"] if row.strong else colour, ms=8)
     _value(axes, middle - BAR_HEIGHT / 2, points(row.difference), colour)
-    _value(axes, middle + BAR_HEIGHT / 2, f"> {points(row.lower_bound)}", colour)
+    _value(axes, middle + BAR_HEIGHT / 2, f"≥ {points(row.lower_bound)}", colour)
 
 
 def _nice_ticks(low: float, high: float) -> list[float]:

@@ -82,9 +82,9 @@ def test_what_netx_cannot_take_is_refused_at_once_and_leaves_no_file(
     with pytest.raises(RuleViolations) as caught:
         write_netx(broken, tmp_path / "model.net")
     assert {violation.rule for violation in caught.value.violations} == {
-        "is a chain of populations",
-        "resets to zero",
-        "netx dense weights fit without an exponent",
+        "populations form a chain",
+        "membranes reset to zero",
+        "netx keeps dense weights",
     }
     assert not [*tmp_path.iterdir()]
 

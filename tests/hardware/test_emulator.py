@@ -5,12 +5,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
+import numba.core.caching
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
 
 from hardware import emulator as emulator_module
+from hardware import kernels
 from hardware.emulator import Emulator, count_saturations, run_emulator
 from hardware.errors import RuleViolations
 from hardware.network import (
@@ -165,6 +167,16 @@ def test_codes_of_another_shape_or_length_are_refused() -> None:
             run_emulator(network, np.zeros(shape, np.uint8))
         with pytest.raises(RuleViolations, match="shape is the network's"):
             run_reference(network, np.zeros(shape, np.uint8))
+
+
+def test_kernels_compile_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a read-only root and no home."""
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+
+    def doubled(value: int) -> int:
+        return 2 * value
+
+    assert kernels.compiled(doubled)(21) == 42
 
 
 def test_preparation_is_shared_and_dies_with_its_network() -> None:

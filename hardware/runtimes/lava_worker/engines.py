@@ -114,14 +114,10 @@ def build_netx(job: dict[str, Any], _arrays: dict[str, Array]) -> tuple[Abstract
             f"the network has {len(job['layers'])}"
         )
     layers = []
-    for facts, block, (weight, bias, threshold, decays) in zip(
-        job["layers"], network.layers, meant, strict=True
-    ):
+    for facts, block, (weight, bias, threshold, decays) in zip(job["layers"], network.layers, meant, strict=True):
         shape = tuple(int(size) for size in block.neuron.s_out.shape)
         if shape != tuple(facts["shape"]):
-            raise ValueError(
-                f"layer {facts['name']} has shape {shape} in the file, expected {facts['shape']}"
-            )
+            raise ValueError(f"layer {facts['name']} has shape {shape} in the file, expected {facts['shape']}")
         bias = np.broadcast_to(bias, shape)
         layers.append(Layer(facts["name"], block.synapse, block.neuron, weight, bias, threshold, decays))
     return network.inp, layers
