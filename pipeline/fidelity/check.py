@@ -26,10 +26,10 @@ from pipeline.fidelity.certification import certify, is_certified
 from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
 from pipeline.fidelity.divergence import layer_rows
 from pipeline.fidelity.health import examine, health_row
-from pipeline.fidelity.page import GalleryItem
+from pipeline.fidelity.page import SCHEMA, GalleryItem
+from pipeline.fidelity.wording import percent
 from pipeline.models.float_file import load_float
 
-SCHEMA = "spikeguard.fidelity/1"
 GALLERY_ITEMS = 8
 SOFTWARE = ("spikeguard", "torch", "snntorch", "numpy", "numba", "nir", "onnx", "onnxruntime", "scikit-learn")
 EXIT_CODES: Mapping[str, int] = {
@@ -184,8 +184,8 @@ def conclude(
     verdict = overall([arm["verdict"] for arm in deciding])
     worst = next(arm for arm in deciding if arm["name"] != "clean")
     facts = (
-        f"worst-case accuracy {worst['deployed_accuracy']:.1%} deployed against {worst['reference_accuracy']:.1%} "
-        f"trained on {worst['samples']} images at epsilon {settings.epsilon:g}"
+        f"worst-case accuracy {percent(worst['deployed_accuracy'])} deployed against "
+        f"{percent(worst['reference_accuracy'])} trained, on {worst['samples']} images at epsilon {settings.epsilon:g}"
     )
     if verdict == "pass":
         return verdict, "OK", f"The deployed model is as robust as the trained one on {names}: {facts}."

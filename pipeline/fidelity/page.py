@@ -215,9 +215,8 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Markup:
     ]
     spoken = "; ".join(f"{row.label}: {row.bars[0].text}" for row in rows)
     # Even equal networks get an axis; one percent is the least that is worth a look.
-    return bar_plot(
-        "layers", f"Share of spikes that differ, by layer. {spoken}.", rows, max(1.0, *(110 * s for s in shares))
-    )
+    limit = min(100.0, max(1.0, *(110 * share for share in shares)))
+    return bar_plot("layers", f"Share of spikes that differ, by layer. {spoken}.", rows, limit)
 
 
 def _baseline(baseline: Mapping[str, Any]) -> Markup:

@@ -148,6 +148,10 @@ def _saturation(row: Row) -> str:
     )
 
 
+def _health(row: Row) -> str:
+    return badge("pass", "fine") if row.get("passed") else badge("fail", "alarm")
+
+
 ARMS = (
     Column("Arm", _arm_name, numeric=False),
     Column("Verdict", _arm_verdict, numeric=False),
@@ -193,7 +197,7 @@ PROOFS = (
 )
 HEALTH = (
     Column("Check", _plain("name"), numeric=False),
-    Column("Result", lambda row: badge(*(("pass", "fine") if row.get("passed") else ("fail", "alarm"))), numeric=False),
+    Column("Result", _health, numeric=False),
     Column("Value", _plain("value")),
     Column("Limit", _plain("limit"), numeric=False),
     Column("What is measured", _plain("explanation"), numeric=False),

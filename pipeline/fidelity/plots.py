@@ -58,7 +58,7 @@ METADATA = ("Creator", "Date", "Format", "Type")
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a row: a CSS colour name of ``COLOURS``, its length, its text, its interval (same unit)."""
+    """One bar of a row: a CSS colour name of ``COLOURS``, its length and interval in percent, its text."""
 
     colour: str
     value: float
@@ -86,15 +86,14 @@ class DifferenceRow:
     strong: bool = False
 
 
-def bar_plot(name: str, title: str, rows: Sequence[BarRow], limit: float, unit: str = "%") -> Markup:
+def bar_plot(name: str, title: str, rows: Sequence[BarRow], limit: float) -> Markup:
     """Horizontal bars from zero to ``limit`` with intervals, values in a column at the right.
 
     Args:
         name: unique on the page; prefixes the identifiers inside the picture.
         title: the text a screen reader says in place of the picture.
         rows: one group per row, from top to bottom, all with equally many bars.
-        limit: right end of the axis, in the unit of the bars.
-        unit: written after the last tick.
+        limit: right end of the axis, in percent like the bars.
     """
     bars_per_row = max(len(row.bars) for row in rows)
     row_height = LABEL_HEIGHT + bars_per_row * BAR_HEIGHT + ROW_GAP
@@ -106,7 +105,7 @@ def bar_plot(name: str, title: str, rows: Sequence[BarRow], limit: float, unit: 
             for place, bar in enumerate(row.bars):
                 middle = top + LABEL_HEIGHT + (place + 0.5) * BAR_HEIGHT
                 _bar(axes, middle, bar, limit)
-        _ticks(axes, _nice_ticks(0.0, limit), unit)
+        _ticks(axes, _nice_ticks(0.0, limit), "%")
         return _svg(figure, name, title)
 
 
@@ -198,7 +197,7 @@ def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
     axes.barh(middle, bar.value, thickness, color=COLOURS[bar.colour])
     if bar.interval is not None:
         # A rim in the page's own colour keeps the interval readable on a bar of any colour.
-        for colour, rim in ((COLOURS["card"], 1.5), (COLOURS["ink"], 0.0)):
+        for colour, rim in ((COLOURS["card"], 0.75), (COLOURS["ink"], 0.0)):
             _whiskers(axes, middle, bar.interval, colour, rim)
     _value(axes, middle, bar.text, COLOURS["ink"])
 

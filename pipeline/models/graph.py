@@ -15,6 +15,10 @@ LayerKind = Literal["normalize", "conv", "linear", "batch_norm", "relu", "spike"
 KINDS: tuple[str, ...] = get_args(LayerKind)
 WEIGHTED: tuple[LayerKind, ...] = ("conv", "linear")
 INPUT = "input"
+# Names of the integer network's own, and what torch's container of layers cannot hold.
+RESERVED = {INPUT, "readout", *dir(nn.ModuleDict())}
+SIZES = ("features", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride")
+MAX_SIZE = 2**20
 
 Options = Mapping[str, int | float | bool]
 Shape = tuple[int, ...]
@@ -92,6 +96,8 @@ def output_shape(layer: Layer, shape: Shape) -> Shape:
     options = layer.options
     if layer.kind in ("relu", "spike", "dropout"):
         return shape
+    if layer.kind == "batch_norm" and bool(options["spatial"]) != (len(shape) == 3):
+        return ()
     if layer.kind in ("batch_norm", "normalize"):
         return shape if shape and shape[0] == options["features"] else ()
     if layer.kind == "flatten":
@@ -125,9 +131,16 @@ def _problems(graph: LayerGraph) -> list[Violation]:
         problems.append(Violation(layer.path or layer.name, rule, actual, limit, remedy))
 
     shape = graph.input_shape
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        rule = "images are (channels, height, width) or (features,)"
+        return [Violation(INPUT, rule, str(shape), "1 or 3 positive sizes", "reshape the images")]
     previous = INPUT
     names: set[str] = set()
     for index, layer in enumerate(graph.layers):
+        impossible = _impossible_sizes(layer)
+        if impossible:
+            refuse(layer, "sizes are possible", impossible, f"1..{MAX_SIZE}, padding from 0", "check sizes")
+            return problems
         produced = output_shape(layer, shape)
         if not produced:
             refuse(
@@ -138,7 +151,7 @@ def _problems(graph: LayerGraph) -> list[Violation]:
                 "check sizes",
             )
             return problems
-        if layer.name in names or not layer.name.replace("_", "").isalnum():
+        if layer.name in names | RESERVED or not layer.name.replace("_", "").isalnum():
             refuse(layer, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
         if layer.kind in ("relu", "spike") and previous not in ("conv", "linear", "batch_norm"):
             refuse(
@@ -164,6 +177,17 @@ def _problems(graph: LayerGraph) -> list[Violation]:
         last = graph.layers[-1] if graph.layers else Layer("network", "flatten")
         refuse(last, "the network ends in logits", previous, "a linear layer", "end with nn.Linear and no ReLU")
     return problems
+
+
+def _impossible_sizes(layer: Layer) -> str:
+    """The sizes of a layer that no layer can have, as text."""
+    smallest = {**dict.fromkeys(SIZES, 1), "padding": 0}
+    wrong = {
+        name: layer.options[name]
+        for name, low in smallest.items()
+        if name in layer.options and not low <= layer.options[name] <= MAX_SIZE
+    }
+    return ", ".join(f"{name} {value}" for name, value in wrong.items())
 
 
 def build_module(layer: Layer) -> nn.Module:

@@ -114,6 +114,9 @@ _REMEDIES: Mapping[str, str] = {
     "tanh": "use nn.ReLU, which spiking neurons replace",
     "sigmoid": "use nn.ReLU, which spiking neurons replace",
     "add": "remove the residual sum",
+    "view": "use torch.flatten(x, 1)",
+    "reshape": "use torch.flatten(x, 1)",
+    "size": "use torch.flatten(x, 1)",
 }
 
 
@@ -166,8 +169,10 @@ def _read_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[LayerKind, 
     }
 
 
-def _average_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -> tuple[LayerKind, Options]:
+def _average_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: Any, divisor: Any) -> tuple[LayerKind, Options]:
     size = _one(kernel, "kernel size")
+    if divisor is not None:
+        raise Unsupported("a pooling with a divisor of its own", "the kernel's size", "leave divisor_override out")
     if (stride is not None and _one(stride, "stride") != size) or padding or ceil_mode:
         raise Unsupported("an overlapping or padded pooling", "stride equal to the kernel", "use AvgPool2d(k)")
     return "avg_pool", {"kernel_size": size}
@@ -180,7 +185,7 @@ _MODULES: Mapping[type[nn.Module], Callable[[Any], tuple[LayerKind, Options]]] =
     nn.BatchNorm1d: _read_batch_norm,
     nn.BatchNorm2d: _read_batch_norm,
     nn.ReLU: lambda _: ("relu", {}),
-    nn.AvgPool2d: lambda m: _average_pool(m.kernel_size, m.stride, m.padding, m.ceil_mode),
+    nn.AvgPool2d: lambda m: _average_pool(m.kernel_size, m.stride, m.padding, m.ceil_mode, m.divisor_override),
     nn.Flatten: lambda m: _flatten(m.start_dim, m.end_dim),
     nn.Dropout: lambda m: ("dropout", {"p": m.p}),
     nn.Identity: lambda _: ("dropout", {"p": 0.0}),
@@ -207,9 +212,17 @@ def _call_flatten(node: torch.fx.Node) -> tuple[LayerKind, Options]:
 def _call_avg_pool(node: torch.fx.Node) -> tuple[LayerKind, Options]:
     given = _arguments(
         node,
-        lambda input, kernel_size, stride=None, padding=0, ceil_mode=False: None,  # noqa: ARG005
+        lambda input,
+        kernel_size,
+        stride=None,
+        padding=0,
+        ceil_mode=False,  # noqa: ARG005
+        count_include_pad=True,
+        divisor_override=None: None,  # noqa: ARG005
     )
-    return _average_pool(given["kernel_size"], given["stride"], given["padding"], given["ceil_mode"])
+    return _average_pool(
+        *(given[name] for name in ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override"))
+    )
 
 
 def _call_dropout(node: torch.fx.Node) -> tuple[LayerKind, Options]:
