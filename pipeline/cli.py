@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
@@ -46,7 +47,7 @@ def demo(folder: RunFolder = None, overrides: Overrides = None, resume: Reuse = 
 
     config, missing = without_lava(_config("digits", overrides))
     for row in missing:
-        errors.print(f"[yellow]{row['name']} will not be certified:[/yellow] {row['reason']}", highlight=False)
+        errors.print(f"[yellow]{row['name']} will not be certified:[/yellow] {escape(row['reason'])}", highlight=False)
     _run(config, folder or Path("runs/demo"), resume, threads, missing)
 
 
@@ -105,6 +106,10 @@ def emulate(
     arrays = {"images": bundle.golden.codes} if images is None else read_arrays(images)
     if "images" not in arrays:
         raise SpikeguardError(f"{images} holds no array 'images'; save it with numpy.savez(path, images=…)")
+    if "labels" in arrays and arrays["labels"].shape != arrays["images"].shape[:1]:
+        raise SpikeguardError(f"{images} has labels of shape {arrays['labels'].shape}; save one label per image")
+    if arrays["images"].shape[:1] in ((), (0,)):
+        raise SpikeguardError(f"{images} holds no images; save at least one")
     model = open_runtime(runtime, bundle)
     start = time.perf_counter()
     result = model.run(arrays["images"], record="traces" if trace else "readouts")
@@ -112,13 +117,13 @@ def emulate(
     answers = result.readouts.argmax(1)
     counts = {str(label): int((answers == label).sum()) for label in range(bundle.network.classes)}
     out.print(_table("answers", ("class", "images"), counts.items()))
-    if "labels" in arrays and arrays["labels"].shape == answers.shape:
+    if "labels" in arrays:
         right = int((answers == arrays["labels"]).sum())
         out.print(f"accuracy {right / len(answers):.1%} ({right} of {len(answers)})")
     out.print(f"{len(answers)} images on {model.name} ({model.version}) in {seconds:.2f} s")
     if trace:
         write_arrays(trace, pack_trace(result))
-        out.print(f"trace written to {trace}")
+        out.print(f"trace written to {escape(str(trace))}", soft_wrap=True)
 
 
 @app.command()
@@ -209,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer answers Ctrl-C with this code and no word
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -216,12 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("interrupted; finished stages and attacks are kept, run the same command to go on")
         sys.exit(INTERRUPTED)
     except RuleViolations as error:
-        errors.print(f"[red]error:[/red] {error.subject}", highlight=False)
+        errors.print(f"[red]error:[/red] {escape(error.subject)}", highlight=False, soft_wrap=True)
         rows = ((v.object, v.rule, v.actual, v.limit, v.remedy) for v in error.violations)
         errors.print(_table("", ("what", "rule", "has", "allowed", "remedy"), rows))
         sys.exit(ERROR)
     except SpikeguardError as error:
-        errors.print("[red]error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(ERROR)
+    except OSError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}; check the path", highlight=False, soft_wrap=True)
         sys.exit(ERROR)
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors print themselves
@@ -286,10 +296,12 @@ def _conclude(result: CheckResult, folder: Path) -> None:
     ]
     out.print(_table(f"{report['samples']} images, epsilon {report['epsilon'][0]:g}", columns, cells))
     colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")
-    out.print(f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {report['summary']}", highlight=False)
+    out.print(
+        f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {escape(report['summary'])}", highlight=False
+    )
     for row in report["missing_runtimes"]:
         out.print(f"[yellow]not certified on {row['name']}[/yellow]")
-    out.print(f"report: {folder / 'report.html'}, {folder / 'report.json'}", soft_wrap=True)
+    out.print(escape(f"report: {folder / 'report.html'}, {folder / 'report.json'}"), soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -299,11 +311,11 @@ def _show_files(bundle: Bundle) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=escape(title), title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     return table
 
 
@@ -316,7 +328,7 @@ def _command() -> str:
 
 
 def _usage(message: str) -> None:
-    errors.print(f"[red]error:[/red] {message}", highlight=False)
+    errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(USAGE)
 
 

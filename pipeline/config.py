@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hardware.errors import SpikeguardError
 from hardware.files import MIB, read_bytes
@@ -16,11 +17,12 @@ from hardware.files import MIB, read_bytes
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+MAX_DEPTH = 16
 RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -83,7 +85,7 @@ class QuantizationConfig(_Section):
 class FidelityConfig(_Section):
     """The check of the deployed model against the float one."""
 
-    epsilon: Annotated[float, Field(gt=0, le=1)] = 0.1
+    epsilon: Annotated[float, Field(ge=1 / 255, le=1)] = Field(default=0.1, description="at least one pixel code")
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     pgd_steps: Count = 20
@@ -91,6 +93,13 @@ class FidelityConfig(_Section):
     certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
     runtimes: tuple[RuntimeName, ...] = ("emulator", "lava", "netx", "onnxruntime")
     baseline: bool = Field(default=True, description="show a naturally trained network beside the robust one")
+
+    @field_validator("runtimes")
+    @classmethod
+    def _each_once(cls, runtimes: tuple[RuntimeName, ...]) -> tuple[RuntimeName, ...]:
+        if not runtimes or len(set(runtimes)) < len(runtimes):
+            raise ValueError("at least one runtime is named, and each once")
+        return runtimes
 
 
 class Config(_Section):
@@ -160,15 +169,36 @@ def validate_config(values: Any, source: str) -> Config:
 def _to_json(values: Any) -> str:
     try:
         return json.dumps(values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"configuration holds a value that is no number, word or list ({error})") from error
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where 1e-2 is a word; here it is the number everybody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str, source: str) -> Any:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        depth = 0
+        for event in yaml.parse(text, _Loader):
+            # A small file of aliases can stand for more values than there is memory.
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError(f"{source} uses YAML aliases (*name); write the values out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{source} nests more than {MAX_DEPTH} levels deep; a configuration has 3")
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    values = _load_yaml(text, source)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -185,4 +215,4 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {section} is not a section")
-    values[last] = yaml.safe_load(text)
+    values[last] = _load_yaml(text, f"--set {override!r}")

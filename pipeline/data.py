@@ -84,12 +84,12 @@ def load_npz(path: Path) -> Dataset:
                 "labels",
                 "one integer per image",
                 f"{labels.dtype} {labels.shape}",
-                f"({len(images)},)",
+                f"{images.shape[:1]}",
                 "fix it",
             )
         )
-    elif len(labels) and labels.min() < 0:
-        problems.append(Violation("labels", "count from 0", str(labels.min()), "0 or more", "renumber the classes"))
+    elif len(labels) and (smallest := labels.astype(np.int64).min()) < 0:
+        problems.append(Violation("labels", "count from 0", str(smallest), "0 or more", "renumber the classes"))
     if problems:
         raise RuleViolations(str(path), problems)
     return Dataset(images, labels.astype(np.int64))

@@ -135,7 +135,8 @@ def require_finite(populations: Sequence[RealPopulation]) -> None:
         )
         for population in populations
         if not all(
-            np.isfinite(values).all() for values in (population.weight, population.bias, population.threshold or 0.0)
+            values is None or np.isfinite(values).all()
+            for values in (population.weight, population.constant, population.bias, population.threshold)
         )
     ]
     if problems:
@@ -143,10 +144,10 @@ def require_finite(populations: Sequence[RealPopulation]) -> None:
 
 
 def largest_scale(population: RealPopulation, bits: int) -> float:
-    """Scale at which the largest weight just fits its mantissa."""
-    largest = float(np.abs(population.weight).max())
+    """Scale at which the largest weight just fits its mantissa (without any weight, the threshold)."""
+    largest = float(np.abs(population.weight).max()) or population.threshold or 1.0
     mantissa: int = 2 ** (bits - 1) - 1
-    return (mantissa << EXPONENT[population.kind]) / max(largest, 1e-12)
+    return (mantissa << EXPONENT[population.kind]) / largest
 
 
 def fitting_scales(recipe: Recipe) -> dict[str, float]:

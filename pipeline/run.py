@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -93,6 +94,12 @@ class Run:
         name = settings.name if settings.path is None else Path(settings.path).stem
         return split(name, data, settings.validation, settings.test, self.config.seed)
 
+    @cached_property
+    def start_digest(self) -> str:
+        """Hash of the network before training: the code of one's own network may change while its name stays."""
+        files = float_files(start_network(self))
+        return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
+
     def result(self, stage: str) -> Path:
         """Folder with a stage's results."""
         return self.folder / STAGES[stage].folder
@@ -119,6 +126,8 @@ class Run:
         if record.get("key") == key and record.get("files") == _files(target):
             console.print(f"[dim]{stage.name:<22} kept from an earlier run ({record['seconds']:.0f} s)[/dim]")
             return float(record["seconds"])
+        for left_by_a_kill in target.parent.glob(f".{target.name}.*.partial"):
+            shutil.rmtree(left_by_a_kill)
         start = time.perf_counter()
         with atomic_folder(target) as partial:
             stage.work(self, partial)
@@ -134,7 +143,8 @@ class Run:
             "code": source_digest(),
             "torch": metadata.version("torch"),
             "settings": {name: settings[name] for name in ("seed", "data", *stage.sections)},
-            "data": hashlib.sha256(self.data.train.codes.tobytes() + self.data.test.codes.tobytes()).hexdigest(),
+            "data": _digest_of_data(self.data),
+            "network": self.start_digest if "network" in stage.sections else None,
             "inputs": {name: _files(self.result(name)) for name in stage.inputs},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -143,6 +153,13 @@ class Run:
 def _files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a result folder; empty if there is none."""
     return {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def _digest_of_data(data: Splits) -> str:
+    digest = hashlib.sha256()
+    for part in (data.train, data.validation, data.test):
+        digest.update(repr(part.codes.shape).encode() + part.codes.tobytes() + part.labels.tobytes())
+    return digest.hexdigest()
 
 
 def source_digest() -> str:
@@ -171,7 +188,7 @@ def build_network(name: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         network = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's own code may raise anything
         raise SpikeguardError(f"network {name!r} cannot be loaded ({error}); check the module and its name") from error
     finally:
         sys.path.pop(0)
@@ -190,7 +207,7 @@ def start_network(run: Run) -> RateNetwork:
     outputs = traced.graph.shapes()[traced.graph.layers[-1].name]
     if outputs != (run.data.classes,):
         raise SpikeguardError(
-            f"network {run.config.network!r} gives {outputs} outputs for {run.data.classes} classes; mend its last layer"
+            f"network {run.config.network!r} gives {outputs} outputs for {run.data.classes} classes; mend its end"
         )
     return network
 

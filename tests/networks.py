@@ -59,12 +59,7 @@ def random_network(
     for index in range(count + 1):
         last = index == count
         name = "out" if last else f"pop{index}"
-        convolves = (
-            kind == "conv"
-            and not last
-            and (len(shapes[previous]) == 3)
-            and (index == 0 or rng.random() < 0.7)
-        )
+        convolves = kind == "conv" and not last and (len(shapes[previous]) == 3) and (index == 0 or rng.random() < 0.7)
         first = _random_conv(rng, previous, name) if convolves else _random_dense(rng, previous, name)
         entering = [first(shapes[previous])]
         target_shape = entering[0].output_shape(shapes[previous])
@@ -97,9 +92,7 @@ def random_network(
     )
 
 
-def random_codes(
-    rng: Rng, network: IntegerNetwork, samples: int = 4, *, timed: bool = False
-) -> NDArray[np.uint8]:
+def random_codes(rng: Rng, network: IntegerNetwork, samples: int = 4, *, timed: bool = False) -> NDArray[np.uint8]:
     """Input codes ``(samples, [steps,] *shape)``."""
     leading = (samples, network.steps) if timed else (samples,)
     return rng.integers(0, network.input.max_code + 1, (*leading, *network.input.shape)).astype(np.uint8)
@@ -160,9 +153,7 @@ def _extra_synapses(rng: Rng, target: str, target_shape: Shape, shapes: dict[str
         if rng.random() < 0.5:
             continue
         if len(target_shape) == 1:
-            extra.append(
-                _synapse(rng, source, target, "dense", (target_shape[0], int(np.prod(source_shape))))
-            )
+            extra.append(_synapse(rng, source, target, "dense", (target_shape[0], int(np.prod(source_shape)))))
         elif len(source_shape) == 3:
             candidate = _synapse(
                 rng,
@@ -219,9 +210,7 @@ def _within_limit(rng: Rng, entering: list[Synapse], max_code: int) -> list[Syna
 
 def _largest_sum(synapse: Synapse, max_code: int) -> int:
     largest = max_code if synapse.source == INPUT else 1
-    return (
-        int(np.abs(synapse.weight.astype(np.int64)).reshape(len(synapse.weight), -1).sum(1).max()) * largest
-    )
+    return int(np.abs(synapse.weight.astype(np.int64)).reshape(len(synapse.weight), -1).sum(1).max()) * largest
 
 
 def _threshold(rng: Rng, entering: list[Synapse], max_code: int) -> int:

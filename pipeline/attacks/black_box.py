@@ -56,6 +56,8 @@ def square(
         seed: of the search.
         advance: told about every finished query.
     """
+    if len(codes) == 0:
+        return Crafted(codes.copy(), np.zeros(0, bool), None, 0)
     clean = codes.astype(np.int64)
     low, high = np.maximum(clean - budget, 0), np.minimum(clean + budget, 255)
     _, channels, height, width = codes.shape

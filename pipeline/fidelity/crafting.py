@@ -167,7 +167,8 @@ def craft_all(
     """
     crafted = {}
     for attack in attacks:
-        path = folder / f"{attack.name.replace(', ', '-').replace(' ', '-')}-{_key(attack, images, settings, identity)}.npz"
+        stem = attack.name.replace(", ", "-").replace(" ", "-")
+        path = folder / f"{stem}-{_key(attack, images, settings, identity)}.npz"
         if path.is_file():
             crafted[attack.name] = load_crafted(path, images.codes.shape)
             continue

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -20,6 +20,8 @@ from pipeline.models.spiking import RateNetwork, SpikingNetwork
 FORMAT = "spikeguard.float/1"
 SNN, ANN = "snn", "ann"
 MAX_PARAMETER_BYTES = 2048 * MIB
+MAX_STEPS = 1024
+SMALLEST = {"std": torch.finfo(torch.float32).tiny, "running_var": 0.0}
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -37,7 +39,7 @@ class _GraphModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["spikeguard.float/1"]
     input_shape: list[int]
-    steps: int | None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None
     layers: list[_LayerModel]
 
 
@@ -69,7 +71,7 @@ def load_float(folder: Path) -> SpikingNetwork:
         RuleViolations: if parameters are missing, of another shape, or not finite; all of them.
     """
     graph, steps = _load_graph(folder / f"{SNN}.json")
-    if steps is None or steps < 1:
+    if steps is None:
         raise SpikeguardError(f"{folder / SNN}.json has no time steps; it is not a spiking network")
     return _with_parameters(SpikingNetwork(graph, steps), folder / f"{SNN}.safetensors")
 
@@ -88,8 +90,6 @@ def _load_graph(path: Path) -> tuple[LayerGraph, int | None]:
         return LayerGraph(tuple(model.input_shape), layers), model.steps
     except ValidationError as error:
         raise SpikeguardError(f"{path} is not a {FORMAT} file: {error}") from error
-    except KeyError as error:
-        raise SpikeguardError(f"{path}: a layer lacks the option {error}; export it again") from error
 
 
 def _with_parameters(network: Network, path: Path) -> Network:
@@ -111,12 +111,18 @@ def require_same_parameters(network: torch.nn.Module, parameters: dict[str, torc
         if name not in parameters or name not in expected:
             state = "missing" if name not in parameters else "left over"
             problems.append(Violation(name, "belongs to the network", state, "present in both", "export it again"))
-        elif parameters[name].shape != expected[name].shape:
-            actual, wanted = tuple(parameters[name].shape), tuple(expected[name].shape)
-            problems.append(Violation(name, "has the network's shape", str(actual), str(wanted), "export it again"))
+        elif (found := _shape_of(parameters[name])) != (wanted := _shape_of(expected[name])):
+            problems.append(Violation(name, "has the network's shape and type", found, wanted, "export it again"))
         elif not bool(torch.isfinite(parameters[name]).all()):
             problems.append(
                 Violation(name, "is finite", "NaN or infinite values", "numbers", "train with a lower learning rate")
             )
+        elif (low := SMALLEST.get(name.rpartition(".")[2])) is not None and bool((parameters[name] < low).any()):
+            actual = f"{float(parameters[name].min()):g}"
+            problems.append(Violation(name, "is not negative, nor a std zero", actual, f"{low:g} or more", "mend it"))
     if problems:
         raise RuleViolations(source, problems)
+
+
+def _shape_of(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -17,8 +17,25 @@ WEIGHTED: tuple[LayerKind, ...] = ("conv", "linear")
 INPUT = "input"
 # Names of the integer network's own, and what torch's container of layers cannot hold.
 RESERVED = {INPUT, "readout", *dir(nn.ModuleDict())}
-SIZES = ("features", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride")
 MAX_SIZE = 2**20
+LIMITS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("features", "in_features", "out_features", "in_channels", "out_channels"), (1, MAX_SIZE)),
+    **dict.fromkeys(("kernel_size", "stride"), (1, MAX_SIZE)),
+    "padding": (0, MAX_SIZE),
+    "eps": (1e-12, 1.0),
+    "momentum": (0.0, 1.0),
+    "p": (0.0, 1.0),
+}
+FRACTIONS = ("eps", "momentum", "p")
+OPTIONS: Mapping[LayerKind, frozenset[str]] = {
+    "normalize": frozenset({"features"}),
+    "conv": frozenset({"in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"}),
+    "linear": frozenset({"in_features", "out_features", "bias"}),
+    "batch_norm": frozenset({"features", "eps", "momentum", "spatial"}),
+    "avg_pool": frozenset({"kernel_size"}),
+    "dropout": frozenset({"p"}),
+    **dict.fromkeys(("relu", "spike", "flatten"), frozenset[str]()),
+}
 
 Options = Mapping[str, int | float | bool]
 Shape = tuple[int, ...]
@@ -137,9 +154,13 @@ def _problems(graph: LayerGraph) -> list[Violation]:
     previous = INPUT
     names: set[str] = set()
     for index, layer in enumerate(graph.layers):
-        impossible = _impossible_sizes(layer)
+        if set(layer.options) != OPTIONS[layer.kind]:
+            allowed = ", ".join(sorted(OPTIONS[layer.kind])) or "none"
+            refuse(layer, "has the options of its kind", ", ".join(sorted(layer.options)), allowed, "export it again")
+            return problems
+        impossible = _impossible_options(layer)
         if impossible:
-            refuse(layer, "sizes are possible", impossible, f"1..{MAX_SIZE}, padding from 0", "check sizes")
+            refuse(layer, "options are possible", *impossible, "check sizes")
             return problems
         produced = output_shape(layer, shape)
         if not produced:
@@ -179,15 +200,20 @@ def _problems(graph: LayerGraph) -> list[Violation]:
     return problems
 
 
-def _impossible_sizes(layer: Layer) -> str:
-    """The sizes of a layer that no layer can have, as text."""
-    smallest = {**dict.fromkeys(SIZES, 1), "padding": 0}
+def _impossible_options(layer: Layer) -> tuple[str, str] | None:
+    """The options that no layer can have and what is allowed for them, as text."""
     wrong = {
-        name: layer.options[name]
-        for name, low in smallest.items()
-        if name in layer.options and not low <= layer.options[name] <= MAX_SIZE
+        name: value
+        for name, value in layer.options.items()
+        if name in LIMITS
+        and not (LIMITS[name][0] <= value <= LIMITS[name][1] and (name in FRACTIONS or type(value) is int))
     }
-    return ", ".join(f"{name} {value}" for name, value in wrong.items())
+    if not wrong:
+        return None
+    return (
+        ", ".join(f"{name} {value}" for name, value in wrong.items()),
+        ", ".join("{} {:g}..{:g}".format(name, *LIMITS[name]) for name in wrong),
+    )
 
 
 def build_module(layer: Layer) -> nn.Module:

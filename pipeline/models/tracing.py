@@ -209,20 +209,20 @@ def _call_flatten(node: torch.fx.Node) -> tuple[LayerKind, Options]:
     return _flatten(given["start_dim"], given["end_dim"])
 
 
+def _avg_pool2d(
+    input: Any,  # noqa: ARG001
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: Any = False,
+    count_include_pad: Any = True,  # noqa: ARG001
+    divisor_override: Any = None,
+) -> tuple[LayerKind, Options]:
+    return _average_pool(kernel_size, stride, padding, ceil_mode, divisor_override)
+
+
 def _call_avg_pool(node: torch.fx.Node) -> tuple[LayerKind, Options]:
-    given = _arguments(
-        node,
-        lambda input,
-        kernel_size,
-        stride=None,
-        padding=0,
-        ceil_mode=False,  # noqa: ARG005
-        count_include_pad=True,
-        divisor_override=None: None,  # noqa: ARG005
-    )
-    return _average_pool(
-        *(given[name] for name in ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override"))
-    )
+    return _avg_pool2d(*node.args, **node.kwargs)
 
 
 def _call_dropout(node: torch.fx.Node) -> tuple[LayerKind, Options]:

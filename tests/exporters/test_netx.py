@@ -58,9 +58,7 @@ def test_bias_is_per_channel_where_it_can_be_and_else_in_the_loaders_axes(
     assert np.array_equal(per_channel, second.bias[:, 0, 0])
 
 
-def test_the_file_carries_the_semantics_card_and_is_reproducible(
-    network: IntegerNetwork, tmp_path: Path
-) -> None:
+def test_the_file_carries_the_semantics_card_and_is_reproducible(network: IntegerNetwork, tmp_path: Path) -> None:
     write_netx(network, tmp_path / "a.net")
     write_netx(network, tmp_path / "b.net")
     with h5py.File(tmp_path / "a.net") as file:
@@ -68,9 +66,7 @@ def test_the_file_carries_the_semantics_card_and_is_reproducible(
     assert (tmp_path / "a.net").read_bytes() == (tmp_path / "b.net").read_bytes()
 
 
-def test_what_netx_cannot_take_is_refused_at_once_and_leaves_no_file(
-    network: IntegerNetwork, tmp_path: Path
-) -> None:
+def test_what_netx_cannot_take_is_refused_at_once_and_leaves_no_file(network: IntegerNetwork, tmp_path: Path) -> None:
     first, *others = network.populations
     *kept, last = network.synapses
     residual = Synapse("first", "third", "dense", np.ones((12, 192), np.int32), 8)

@@ -35,9 +35,7 @@ def test_written_files_read_back_as_the_same_network(
         assert same_network(read_nir(path), network)
 
 
-@pytest.mark.parametrize(
-    ("profile", "neuron", "dtype"), [("if", "IF", np.float32), ("cuba", "CubaLIF", np.float64)]
-)
+@pytest.mark.parametrize(("profile", "neuron", "dtype"), [("if", "IF", np.float32), ("cuba", "CubaLIF", np.float64)])
 def test_neurons_have_full_shape_and_a_threshold_between_integers(
     tmp_path: Path, profile: NirProfile, neuron: str, dtype: type
 ) -> None:

@@ -103,9 +103,7 @@ def test_the_graphs_are_portable_and_described(tmp_path: Path) -> None:
         assert len(names) == len(set(names))
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
         properties = {entry.key: entry.value for entry in model.metadata_props}
-        assert json.loads(properties["spikeguard.semantics"]) == json.loads(
-            json.dumps(network.semantics_card())
-        )
+        assert json.loads(properties["spikeguard.semantics"]) == json.loads(json.dumps(network.semantics_card()))
 
 
 def test_what_the_first_synapse_sees_is_computed_once(tmp_path: Path) -> None:

@@ -88,9 +88,7 @@ def codes_for(network: IntegerNetwork, samples: int, *, timed: bool = False) -> 
     return random_codes(np.random.default_rng(11), network, samples, timed=timed)
 
 
-def make_runtime(
-    engine: str, network: IntegerNetwork, folder: Path, **options: Any
-) -> LavaRuntime | NetxRuntime:
+def make_runtime(engine: str, network: IntegerNetwork, folder: Path, **options: Any) -> LavaRuntime | NetxRuntime:
     if engine == "lava":
         return LavaRuntime(network, **options)
     write_netx(network, folder / "model.net")
@@ -209,9 +207,7 @@ def test_weights_that_netx_corrupts_are_noticed(tmp_path: Path) -> None:
     runtime = make_runtime("netx", network, tmp_path)
     with h5py.File(tmp_path / "model.net", "r+") as file:
         file["layer/5/weight"][...] = -128
-    with pytest.raises(
-        SpikeguardError, match="60 of 60 weights of out differ, the first is 0 instead of -128"
-    ):
+    with pytest.raises(SpikeguardError, match="60 of 60 weights of out differ, the first is 0 instead of -128"):
         runtime.run(codes_for(network, 1))
 
 
@@ -298,9 +294,7 @@ def test_nothing_to_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_time_limit_grows_with_the_work() -> None:
-    small, large = (
-        lava.default_time_limit(conv_network(steps), samples) for steps, samples in ((1, 1), (8, 64))
-    )
+    small, large = (lava.default_time_limit(conv_network(steps), samples) for steps, samples in ((1, 1), (8, 64)))
     assert lava.STARTUP_LIMIT_SECONDS < small < large < 600
 
 
@@ -357,9 +351,7 @@ def test_an_exception_inside_a_lava_process_is_told_and_leaves_nothing(
     runtime = LavaRuntime(network)
     name = give_name(monkeypatch, scratch)
     # Held for no steps, the presenting process divides by zero.
-    monkeypatch.setattr(
-        lava, "describe_input", lambda *_: ({"hold": 0}, {"frames": np.zeros((1, 6, 8, 3), np.int32)})
-    )
+    monkeypatch.setattr(lava, "describe_input", lambda *_: ({"hold": 0}, {"frames": np.zeros((1, 6, 8, 3), np.int32)}))
     with pytest.raises(SpikeguardError, match=r"ZeroDivisionError: .*make setup"):
         runtime.run(codes_for(network, 1))
     assert nothing_is_left(name, scratch)

@@ -36,9 +36,7 @@ def exported(tmp_path: Path) -> Exported:
     network = random_network(rng, hidden=2, steps=4, constant_channels=1)
     write_onnx(network, tmp_path / "model.onnx")
     write_step_onnx(network, tmp_path / "model.step.onnx")
-    return Exported(
-        network, random_codes(rng, network, 5), tmp_path / "model.onnx", tmp_path / "model.step.onnx"
-    )
+    return Exported(network, random_codes(rng, network, 5), tmp_path / "model.onnx", tmp_path / "model.step.onnx")
 
 
 def test_without_the_step_graph_only_readouts_are_exposed(exported: Exported) -> None:
@@ -118,9 +116,7 @@ def test_damaged_and_foreign_models_are_refused(exported: Exported, tmp_path: Pa
     assert {row.object for row in caught.value.violations} == {"image", "readout", "logits", "x", "y"}
 
 
-def test_metadata_that_is_no_text_is_a_clear_error(
-    exported: Exported, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_metadata_that_is_no_text_is_a_clear_error(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:
     content = exported.path.read_bytes()
     exported.path.write_bytes(content.replace(b"spikeguard.steps", b"spikeguard\xff\xfe\xfd\xfc\xfb\xfa"))
     with pytest.raises(SpikeguardError, match="not a usable ONNX model"):

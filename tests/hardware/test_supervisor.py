@@ -89,9 +89,7 @@ def test_failure_names_the_exception_and_the_remedy_and_leaves_nothing(tmp_path:
     with pytest.raises(SpikeguardError) as caught:
         run_python(THEN_FAILS, str(note))
     message = str(caught.value)
-    assert message == "the helper failed with exit status 1 (ValueError: weights went missing); mend it", (
-        message
-    )
+    assert message == "the helper failed with exit status 1 (ValueError: weights went missing); mend it", message
     assert nothing_is_left(note)
 
 

@@ -85,7 +85,8 @@ def restated_thresholds(ann: RateNetwork, images: list[Tensor]) -> list[float]:
         mean = values.mean((0, 1, 3, 4), keepdim=True)
         variance = values.var((0, 1, 3, 4), unbiased=False, keepdim=True)
         weight, bias = (state[f"layers.{name}.{kind}"].view(1, 1, -1, 1, 1) for kind in ("weight", "bias"))
-        return (values - mean) / (variance + 1e-5).sqrt() * weight + bias
+        normalised: Tensor = (values - mean) / (variance + 1e-5).sqrt() * weight + bias
+        return normalised
 
     def each_step(values: Tensor, layer: nn.Module) -> Tensor:
         return torch.stack([layer(step) for step in values])

@@ -22,11 +22,11 @@ def drive(population: RealPopulation, activity: Tensor) -> Tensor:
     weight, bias = torch.from_numpy(population.weight), torch.from_numpy(population.bias)
     if population.kind == "dense":
         return F.linear(activity.flatten(1), weight, bias)
-    geometry = {"stride": population.stride, "padding": population.padding}
-    current = F.conv2d(activity, weight, bias, **geometry)
+    stride, padding = population.stride, population.padding
+    current = F.conv2d(activity, weight, bias, stride, padding)
     if population.constant is not None:
         ones = torch.ones(1, 1, *activity.shape[2:], dtype=torch.float64)
-        current = current + F.conv2d(ones, torch.from_numpy(population.constant)[:, None], **geometry)
+        current = current + F.conv2d(ones, torch.from_numpy(population.constant)[:, None], None, stride, padding)
     return current
 
 
@@ -74,9 +74,7 @@ def test_folded_populations_compute_what_the_network_computes(name: str, seed: i
     for population in expected:
         torch.testing.assert_close(found[population], expected[population], rtol=1e-10, atol=1e-10)
     rates = [
-        float((membranes >= float(network.layers[layer].effective_threshold)).double().mean())
-        for layer, membranes in expected.items()
-        if layer != "readout"
+        float((expected[layer] >= neuron.effective_threshold).double().mean()) for layer, neuron in network.neurons()
     ]
     assert all(0.01 < rate < 0.99 for rate in rates), rates
 
@@ -100,7 +98,7 @@ def test_a_black_image_has_another_current_at_the_border() -> None:
 def test_padding_that_meets_the_mean_is_invisible() -> None:
     """An image whose every pixel is the mean gives the bias alone, at the border as inside."""
     network = spiking_network("conv", 0).double()
-    network.layers["normalize1"].mean.fill_(51 / 255)
+    network.get_buffer("layers.normalize1.mean").fill_(51 / 255)
     first = fold(network)[0]
     current = drive(first, torch.full((1, 1, 8, 8), 51, dtype=torch.float64))
     torch.testing.assert_close(current, torch.from_numpy(first.bias).view(1, -1, 1, 1).expand_as(current))

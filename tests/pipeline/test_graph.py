@@ -91,6 +91,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("conv", {**CONV, "out_channels": 0}),
         ("conv", {**CONV, "out_channels": -2}),
         ("conv", {**CONV, "out_channels": 2**40}),
+        ("conv", {**CONV, "kernel_size": 2.5}),
         ("conv", {**CONV, "kernel_size": 7}),
         ("conv", {**CONV, "in_channels": 3}),
         ("avg_pool", {"kernel_size": 0}),
@@ -103,7 +104,35 @@ def test_all_problems_are_told_at_once() -> None:
 def test_sizes_that_fit_nothing_are_refused(kind: LayerKind, options: dict[str, Any]) -> None:
     (row,) = problems(Layer("layer", kind, options), RELU1, FLATTEN, HEAD)
     assert row.object == "layer"
-    assert row.rule in ("sizes are possible", "fits the shape before it")
+    assert row.rule in ("options are possible", "fits the shape before it")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("conv", {}),
+        ("conv", {**CONV, "groups": 2}),
+        ("relu", {"slope": 0.1}),
+        ("avg_pool", {"kernel_size": 2, "stride": 1}),
+    ],
+)
+def test_options_are_those_of_the_kind(kind: LayerKind, options: dict[str, Any]) -> None:
+    (row,) = problems(Layer("layer", kind, options), RELU1, FLATTEN, HEAD)
+    assert (row.object, row.rule) == ("layer", "has the options of its kind")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dropout", {"p": 1.5}),
+        ("dropout", {"p": float("nan")}),
+        ("batch_norm", {"features": 1, "eps": -1.0, "momentum": 0.1, "spatial": True}),
+        ("batch_norm", {"features": 1, "eps": 1e-5, "momentum": 2.0, "spatial": True}),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(kind: LayerKind, options: dict[str, Any]) -> None:
+    (row,) = problems(Layer("layer", kind, options), RELU1, FLATTEN, HEAD)
+    assert row.rule == "options are possible"
 
 
 def test_batch_norm_must_be_of_the_layers_dimension() -> None:

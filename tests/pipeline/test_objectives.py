@@ -83,7 +83,7 @@ def test_pgd_raises_the_loss_and_more_steps_raise_it_further() -> None:
     network, x = model(), images()
 
     def loss(pixels: Tensor) -> float:
-        return float(F.cross_entropy(network(pixels), LABELS))
+        return F.cross_entropy(network(pixels), LABELS).item()
 
     one, many = (pgd_images(network, x, LABELS, 0.1, steps, generator()) for steps in (1, 20))
     assert loss(x) < loss(one) <= loss(many)

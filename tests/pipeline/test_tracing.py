@@ -66,7 +66,18 @@ def test_a_network_of_ones_own_gives_the_same_logits_as_a_graph(style: type[nn.M
     with torch.no_grad():
         assert torch.equal(network.eval()(images), module.eval()(images))
     kinds = [layer.kind for layer in traced.graph.layers if layer.kind != "dropout"]
-    assert kinds == "normalize conv batch_norm relu avg_pool conv batch_norm relu flatten linear".split()
+    assert kinds == [
+        "normalize",
+        "conv",
+        "batch_norm",
+        "relu",
+        "avg_pool",
+        "conv",
+        "batch_norm",
+        "relu",
+        "flatten",
+        "linear",
+    ]
 
 
 def test_tracing_changes_nothing_in_the_callers_module() -> None:

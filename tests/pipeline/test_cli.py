@@ -1,0 +1,491 @@
+"""Bad input, interruptions: one clear sentence, the right exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from exporters.onnx import write_onnx, write_step_onnx
+from hardware.files import sha256_of
+from hardware.formats.bundle import ONNX_FILE, ONNX_STEP_FILE, open_bundle
+from hardware.runtimes import lava
+from pipeline import cli
+from tests.pipeline.conftest import ROOT, SmallRun, spikeguard
+from tests.pipeline.samples import easy_data
+
+OK, ERROR, USAGE, FAIL, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def says(self, *words: str) -> bool:
+        """Whether all words were told on stderr."""
+        return all(word in self.err for word in words)
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+    """The command line in this process, on a terminal wide enough not to break words."""
+    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cli, "errors", Console(width=300, stderr=True))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Answer:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        assert isinstance(stop.value.code, int)
+        return Answer(stop.value.code, said.out, said.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def bundle(small_run: SmallRun, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(small_run.bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def sign(bundle: Path) -> None:
+    """Bring the manifest in line with the files, as an attacker would."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for name in manifest["files"]:
+        path = bundle / name
+        manifest["files"][name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def plant_another_network(bundle: Path) -> None:
+    """Put ONNX files of a network with one other threshold into a bundle, and sign them."""
+    network = open_bundle(bundle).network
+    first, *others = network.populations
+    other = replace(network, populations=(replace(first, threshold=first.threshold + 1), *others))
+    for name, write in ((ONNX_FILE, write_onnx), (ONNX_STEP_FILE, write_step_onnx)):
+        (bundle / name).unlink()
+        write(other, bundle / name)
+    sign(bundle)
+
+
+BUNDLE_COMMANDS = ["verify", "info", "emulate", "fidelity", "export"]
+
+
+@pytest.mark.parametrize("command", BUNDLE_COMMANDS)
+def test_a_bundle_that_is_not_there(call: Call, command: str, tmp_path: Path) -> None:
+    answer = call(command, tmp_path / "nowhere")
+    assert answer.code == ERROR
+    assert answer.says("nowhere is not a bundle folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    answer = call(command, empty)
+    assert answer.code == ERROR
+    assert answer.says("manifest.json does not exist")
+
+
+@pytest.mark.parametrize("command", BUNDLE_COMMANDS)
+@pytest.mark.parametrize("name", ["model.onnx", "network.safetensors", "snn.safetensors", "golden.npz"])
+def test_a_tampered_file_is_named_and_no_other(call: Call, command: str, name: str, bundle: Path) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(bytes(content))
+    answer = call(command, bundle)
+    assert answer.code == ERROR
+    assert answer.says(name, "SHA-256")
+    assert not any(answer.says(other.name) for other in bundle.iterdir() if other.name not in name)
+
+
+def test_missing_added_and_shortened_files_are_all_named(call: Call, bundle: Path) -> None:
+    (bundle / "model.nir").unlink()
+    (bundle / "extra.bin").write_bytes(b"x")
+    (bundle / "model.net").write_bytes((bundle / "model.net").read_bytes()[:-100])
+    answer = call("verify", bundle)
+    assert answer.code == ERROR
+    assert answer.says("model.nir", "extra.bin", "model.net", "missing", "unlisted", "size")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "spikeguard.bundle/9"}', "\x00"])
+def test_a_manifest_that_is_none(call: Call, bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    answer = call("info", bundle)
+    assert answer.code == ERROR
+    assert answer.says("manifest.json")
+
+
+@pytest.mark.parametrize("name", ["model.nir", "model.cuba.nir", "model.onnx", "model.step.onnx", "golden.npz"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.97])
+def test_a_truncated_file_with_a_matching_manifest(call: Call, bundle: Path, name: str, keep: float) -> None:
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[: int(keep * len(content))])
+    sign(bundle)
+    answer = call("verify", bundle)
+    assert answer.code == ERROR
+    assert answer.says(name)
+
+
+@pytest.mark.lava
+@pytest.mark.parametrize(("name", "runtime"), [("model.net", "netx"), ("model.nir", "lava")])
+def test_a_truncated_hdf5_on_the_runtime_that_reads_it(call: Call, bundle: Path, name: str, runtime: str) -> None:
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[: len(content) // 2])
+    sign(bundle)
+    answer = call("emulate", bundle, "--runtime", runtime)
+    assert answer.code == ERROR
+    assert answer.says(name)
+
+
+def test_a_file_of_another_network_fails_verification(call: Call, bundle: Path) -> None:
+    plant_another_network(bundle)
+    answer = call("verify", bundle)
+    assert answer.code == FAIL
+    assert answer.says("does not mean what the bundle says")
+
+
+def test_nan_weights_are_named(call: Call, bundle: Path) -> None:
+    parameters = safetensors.torch.load_file(bundle / "snn.safetensors")
+    parameters["layers.linear1.weight"][0, 0] = torch.nan
+    safetensors.torch.save_file(parameters, bundle / "snn.safetensors")
+    sign(bundle)
+    answer = call("fidelity", bundle, "--runtime", "emulator", "--out", bundle.parent / "out")
+    assert answer.code == ERROR
+    assert answer.says("layers.linear1.weight", "NaN")
+    assert not (bundle.parent / "out" / "report.json").exists()
+
+
+def images(folder: Path, **arrays: Any) -> Path:
+    np.savez(folder / "images.npz", **arrays)
+    return folder / "images.npz"
+
+
+GOOD = np.zeros((3, 1, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"images": np.zeros((3, 1, 9, 9), np.uint8)}, "(3, 1, 9, 9)"),
+        ({"images": np.zeros((3, 8, 8), np.uint8)}, "(3, 8, 8)"),
+        ({"images": np.zeros((3, 3, 8, 8), np.uint8)}, "(samples, [4,] 1, 8, 8)"),
+        ({"images": GOOD.astype(np.float32)}, "float32"),
+        ({"images": GOOD.astype(np.int64) - 1}, "-1..-1"),
+        ({"images": GOOD.astype(np.int64) + 256}, "256..256"),
+        ({"images": np.uint8(3)}, "no images"),
+        ({"images": GOOD[:0]}, "no images"),
+        ({"pictures": GOOD}, "no array 'images'"),
+        ({"images": GOOD, "labels": np.zeros(4, np.int64)}, "one label per image"),
+        ({"images": np.array([object()])}, "not a readable .npz"),
+    ],
+)
+def test_wrong_images(call: Call, small_run: SmallRun, tmp_path: Path, arrays: dict[str, Any], told: str) -> None:
+    for runtime in ("emulator", "onnxruntime"):
+        answer = call("emulate", small_run.bundle, "--images", images(tmp_path, **arrays), "--runtime", runtime)
+        assert answer.code == ERROR
+        assert answer.says(told), answer.err
+
+
+def test_images_that_are_no_archive(call: Call, small_run: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "images.npz").write_text("text")
+    answer = call("emulate", small_run.bundle, "--images", tmp_path / "images.npz")
+    assert (answer.code, answer.says("images.npz", "not a readable")) == (ERROR, True)
+    answer = call("emulate", small_run.bundle, "--images", tmp_path / "nowhere.npz")
+    assert (answer.code, answer.says("nowhere.npz does not exist")) == (ERROR, True)
+
+
+def test_an_unknown_runtime(call: Call, small_run: SmallRun, tmp_path: Path) -> None:
+    answer = call("emulate", small_run.bundle, "--runtime", "loihi")
+    assert answer.code == ERROR
+    assert answer.says("no runtime 'loihi'", "emulator, lava")
+    answer = call("fidelity", small_run.bundle, "--runtime", "loihi", "--out", tmp_path)
+    assert answer.code == USAGE
+    assert answer.says("fidelity.runtimes", "loihi")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explode"],
+        ["run"],
+        ["run", "digits", "--colour", "red"],
+        ["run", "digits", "--threads", "0"],
+        ["run", "digits", "--threads", "many"],
+        ["run", "digit"],
+        ["run", "digits", "--set", "finetuning.epoch=3"],
+        ["run", "digits", "--set", "finetuning.epochs"],
+        ["run", "digits", "--set", "finetuning.epochs=[1"],
+        ["run", "digits", "--set", "quantization.bits=9"],
+        ["demo", "--set", "fidelity.epsilon=1.5"],
+        ["export", "nowhere", "--target", "loihi3"],
+    ],
+)
+def test_usage_errors(call: Call, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call(*arguments)
+    assert answer.code == USAGE
+    assert answer.err.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_problem_of_a_configuration_is_listed(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sead: 1\ntraining: {epochs: 0}\nfidelity: {epsilon: -0.1}\nquantization: {bits: 1}\n")
+    answer = call("run", path, "--out", tmp_path / "run")
+    assert answer.code == USAGE
+    assert answer.says("4 problem(s)", "sead", "training.epochs", "fidelity.epsilon", "quantization.bits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_configuration(call: Call, tmp_path: Path) -> None:
+    answer = call("run", tmp_path / "nowhere.yaml")
+    assert answer.code == ERROR
+    assert answer.says("nowhere.yaml does not exist")
+
+
+def test_brackets_in_names_are_told_as_they_are(call: Call, tmp_path: Path) -> None:
+    """The terminal library takes [words] for colours and [/words] for an error of its own."""
+    for name in ("[red]", "[/red]", "[bold", "a]"):
+        answer = call("verify", tmp_path.parent / name)
+        assert answer.code == ERROR
+        assert answer.says(f"{name} is not a bundle folder")
+
+
+TWO_POOLS = """
+from torch import nn
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16, 4),
+    )
+
+def good():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a network and data of one's own, and a configuration without the network."""
+    name = f"own_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(TWO_POOLS)
+    data = easy_data(96)
+    np.savez(tmp_path / "data.npz", images=data.codes, labels=data.labels)
+    settings = {
+        "network": f"{name}:network",
+        "data": {"name": "npz", "path": str(tmp_path / "data.npz"), "validation": 16, "test": 16},
+        "training": {"epochs": 1, "attack_steps": 1, "batch_size": 16},
+        "finetuning": {"epochs": 1, "batch_size": 16},
+        "fidelity": {"runtimes": ["emulator"]},
+    }
+    (tmp_path / "own.yaml").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "own.yaml"
+
+
+def network_of(own: Path) -> str:
+    module, _ = json.loads(own.read_text())["network"].split(":")
+    return str(module)
+
+
+def test_max_pooling_in_a_network_of_ones_own_is_a_table(call: Call, own: Path) -> None:
+    answer = call("run", own, "--out", "run")
+    assert answer.code == ERROR
+    assert answer.err.count("MaxPool2d") == 2
+    assert answer.says("remedy", "use nn.AvgPool2d")
+
+
+def test_a_network_of_ones_own_that_raises(call: Call, own: Path) -> None:
+    answer = call("run", own, "--out", "run", "--set", f"network={network_of(own)}:broken")
+    assert answer.code == ERROR
+    assert answer.says("cannot be loaded (no weights here)")
+
+
+def test_training_that_diverges_is_one_sentence(call: Call, own: Path) -> None:
+    answer = call(
+        "run", own, "--out", "run", "--set", f"network={network_of(own)}:good", "--set", "training.learning_rate=1e30"
+    )
+    assert answer.code == ERROR
+    assert answer.says("NaN or infinite values", "lower learning rate")
+
+
+def test_data_of_ones_own_that_is_wrong(call: Call, own: Path) -> None:
+    np.savez("data.npz", images=np.zeros((9, 8, 8)), labels=np.zeros(9))
+    answer = call("run", own, "--out", "run")
+    assert answer.code == ERROR
+    assert answer.says("float64 (9, 8, 8)", "one integer per image")
+
+
+def test_a_place_that_cannot_be_written(call: Call, own: Path, small_run: SmallRun) -> None:
+    blocked = own.parent / "file"
+    blocked.write_text("")
+    good = ["--set", f"network={network_of(own)}:good"]
+    for arguments in (
+        ["run", own, *good, "--out", blocked / "run"],
+        ["export", small_run.folder, "--out", blocked / "bundle"],
+        ["emulate", small_run.bundle, "--trace", blocked / "trace.npz"],
+    ):
+        answer = call(*arguments)
+        assert answer.code == ERROR
+        assert answer.says(str(blocked))
+
+
+def test_a_runtime_that_cannot_be_had_is_refused_before_any_work(
+    call: Call, own: Path, small_run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(lava.PYTHON_VARIABLE, "/nowhere/python")
+    good = ["--set", f"network={network_of(own)}:good", "--set", "fidelity.runtimes=[lava]"]
+    answer = call("run", own, *good, "--out", "run")
+    assert answer.code == ERROR
+    assert answer.says("/nowhere/python")
+    assert not Path("run").exists()
+    answer = call("fidelity", small_run.bundle, "--runtime", "netx", "--out", "fidelity")
+    assert answer.code == ERROR
+    assert not Path("fidelity").exists()
+
+
+def test_a_planted_fault_in_a_bundle_fails_with_3(call: Call, bundle: Path, tmp_path: Path) -> None:
+    """The ONNX file of another network, signed as if it belonged: certification must tell."""
+    plant_another_network(bundle)
+    answer = call(
+        "fidelity",
+        bundle,
+        "--runtime",
+        "onnxruntime",
+        "--out",
+        tmp_path / "out",
+        "--set",
+        "fidelity.pgd_steps=1",
+        "--set",
+        "fidelity.square_queries=2",
+    )
+    assert answer.code == FAIL
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["verdict"], report["outcome"]) == ("fail", "TRACE_MISMATCH")
+    assert report["certified_runtimes"] == []
+    assert "onnxruntime" in report["summary"]
+
+
+def test_a_bundle_without_a_configuration_cannot_be_checked(call: Call, bundle: Path, tmp_path: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["provenance"] = {}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    answer = call("fidelity", bundle, "--out", tmp_path / "out")
+    assert answer.code == USAGE
+    assert answer.says("holds no configuration")
+
+
+def test_verifying_needs_no_torch(small_run: SmallRun) -> None:
+    script = "import sys; sys.modules['torch'] = None; from pipeline.cli import main; main(sys.argv[1:])"
+    for arguments in (["verify"], ["info"], ["emulate"], ["emulate", "--runtime", "onnxruntime"]):
+        finished = subprocess.run(
+            [sys.executable, "-c", script, arguments[0], str(small_run.bundle), *arguments[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert finished.returncode == OK, finished.stderr
+
+
+def test_without_arguments_there_is_help() -> None:
+    finished = spikeguard()
+    assert "Usage" in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+    helped = spikeguard("--help")
+    assert helped.returncode == OK
+    for command in ("demo", "run", *BUNDLE_COMMANDS):
+        assert command in helped.stdout
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Processes that carry a mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes() and (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def interrupt(arguments: list[object], ready: Callable[[str], bool], kind: signal.Signals) -> tuple[int, str]:
+    """Start the command line, send it a signal once ``ready`` says so, and require that nothing is left of it."""
+    mark = f"SPIKEGUARD_TEST_MARK={uuid.uuid4().hex}"
+    name, value = mark.split("=")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, name: value, "COLUMNS": "200"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not ready(mark):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(kind)
+    said = process.communicate(timeout=40)[1]
+    deadline = time.monotonic() + 10
+    while marked_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked_processes(mark) == []
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_run_exits_with_130_and_leaves_nothing_half_written(
+    tmp_path: Path, kind: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    code, said = interrupt(
+        ["run", "digits", "--out", folder, "--set", "fidelity.runtimes=[emulator]"],
+        lambda _: any(folder.glob(".train.*.partial")),
+        kind,
+    )
+    assert code == INTERRUPTED, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert [path for path in folder.rglob("*") if path.is_file() or "partial" in path.name] == []
+
+
+@pytest.mark.lava
+def test_ctrl_c_while_lava_runs_leaves_no_orphan(small_run: SmallRun, tmp_path: Path) -> None:
+    many = images(tmp_path, images=np.zeros((2000, 1, 8, 8), np.uint8))
+    code, said = interrupt(
+        ["emulate", small_run.bundle, "--runtime", "lava", "--images", many],
+        lambda mark: len(marked_processes(mark)) > 3,
+        signal.SIGINT,
+    )
+    assert code == INTERRUPTED
+    assert "Traceback" not in said
