@@ -127,6 +127,8 @@ def main_environment(root: Path, extras: str, torch_build: str) -> Environment:
     """The environment of the project itself, editable, every version pinned by ``constraints.txt``."""
     constraints = root / "constraints.txt"
     pinned = ("--constraint", str(constraints))
+    # It names a torchvision, whose wheel is a CUDA build, and an old requests, but imports neither.
+    oracle = Step("torchattacks", ((*pinned, "--no-deps", "torchattacks"),))
     return Environment(
         name="main",
         folder=root / ".venv",
@@ -134,6 +136,7 @@ def main_environment(root: Path, extras: str, torch_build: str) -> Environment:
         steps=(
             torch_step(pinned_version("torch", constraints.read_text()), torch_build, sys.platform, pinned),
             Step("spikeguard and its libraries", ((*pinned, "--editable", f"{root}[{extras}]"),)),
+            *((oracle,) if "test" in extras.split(",") else ()),
         ),
         imports=("torch", "snntorch", "onnxruntime", "h5py", "numba", "sklearn"),
         sources=(root / "pyproject.toml", constraints),

@@ -9,7 +9,8 @@ surrogate at the distance to the threshold in real units, so that it means the s
 
     z = (v / 64 - threshold - 1/2) / scale
 
-The reset is not detached (METHOD: Özdenizci & Legenstein, TMLR 2024).
+The reset is not detached. Two more ways to a gradient: backward through the firing rate (``RATE`` as a rule), and
+a static network that stands in for the spiking one (``Twin.proxy``) (METHOD: Özdenizci & Legenstein, TMLR 2024).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hardware.bounds import prove
-from hardware.errors import SpikeguardError
+from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.network import (
     DECAY_UNITY,
     FRACTION_BITS,
@@ -37,11 +38,12 @@ from hardware.network import (
     Population,
     Synapse,
 )
-from hardware.surrogates import TRIANGLE, GradientRule
+from hardware.surrogates import TRIANGLE, GradientRule, Rate, SpikeRule
 from hardware.trace import PopulationTrace, Trace
 
 STATE_UNITS = 2**FRACTION_BITS
-Rules = GradientRule | Mapping[str, GradientRule]
+Rules = SpikeRule | Mapping[str, SpikeRule]
+"""One for all populations, or by name of the spiking population."""
 
 
 class Twin(nn.Module):
@@ -49,8 +51,7 @@ class Twin(nn.Module):
 
     Args:
         network: what is deployed.
-        surrogate: gradient of the spikes, for all populations or by name of the spiking population. A rule is
-            given z as ``(steps, samples, *shape)``.
+        surrogate: gradient of the spikes where a call names none. A rule is given z as ``(steps, samples, *shape)``.
     """
 
     def __init__(self, network: IntegerNetwork, surrogate: Rules = TRIANGLE) -> None:
@@ -88,12 +89,13 @@ class Twin(nn.Module):
         twin.surrogate = surrogate
         return twin
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, rules: Rules | None = None) -> Tensor:
         """Logits in real units, sum / (T scale).
 
         Args:
             images: floats in [0, 1], ``(samples, *shape)`` or ``(samples, steps, *shape)``; each pixel is
                 rounded to its code.
+            rules: gradient of the spikes instead of the twin's own.
 
         Returns:
             float32 ``(samples, classes)``, with gradients to ``images``.
@@ -101,8 +103,57 @@ class Twin(nn.Module):
         Raises:
             SpikeguardError: if the images have another shape or leave [0, 1].
         """
-        readouts = self._readouts(self._codes(images)).to(torch.float64)
+        readouts = self._readouts(self._codes(images), self.surrogate if rules is None else rules).to(torch.float64)
         return (readouts / (self.network.steps * self.network.readout.scale)).to(torch.float32)
+
+    def proxy(self, images: Tensor, clipped: bool) -> Tensor:
+        """Logits of the static network that conversion would start from (ensemble members 19 and 20).
+
+        With x the input of one step in real units, ``(sum(w a) + b) / scale``, each spiking population answers
+        ``max(x, 0)``, or the rate ``clip(x / threshold, 0, 1)`` that an IF neuron approaches.
+
+        Args:
+            images: as for ``forward``; those that change over time are averaged over it.
+            clipped: whether neurons answer with the clipped rate.
+
+        Returns:
+            float32 ``(samples, classes)`` in real units, with gradients to ``images``.
+
+        Raises:
+            RuleViolations: if the network has leaky neurons, whose rate is another function.
+            SpikeguardError: as for ``forward``.
+        """
+        self._require_no_leak()
+        codes = self._codes(images)
+        changing = codes.ndim == len(self.network.input.shape) + 2
+        activity = {INPUT: codes.mean(1)[None] if changing else codes[None]}
+        for population in self.network.populations[:-1]:
+            drive = self._drive(population, activity)
+            threshold = (population.threshold + 0.5) / population.scale
+            activity[population.name] = (drive / threshold).clamp(0, 1) if clipped else drive.relu()
+        return self._drive(self.network.readout, activity)[0].flatten(1).to(torch.float32)
+
+    def _drive(self, population: Population, activity: Mapping[str, Tensor]) -> Tensor:
+        """Input of a single step with bias in real units, ``(1, samples, *shape)``."""
+        held, stepped = self._sums(population, activity)
+        total = held[None] + self._bias(population)
+        drive: Tensor = (total if stepped is None else total + stepped) / (STATE_UNITS * population.scale)
+        return drive
+
+    def _require_no_leak(self) -> None:
+        leaky = [p for p in self.network.populations if p.spiking and p.is_leaky]
+        if leaky:
+            problems = [
+                Violation(
+                    p.name,
+                    "neurons of a static proxy do not leak",
+                    f"decays {p.current_decay} and {p.voltage_decay}",
+                    f"{DECAY_UNITY} and 0",
+                    "attack it through surrogate gradients instead",
+                )
+                for p in leaky
+            ]
+            raise RuleViolations("proxy of the network", problems)
 
     @torch.no_grad()
     def trace(self, codes: IntArray) -> Trace:
@@ -117,7 +168,7 @@ class Twin(nn.Module):
         self.network.input.present(codes, self.network.steps)
         presented = torch.from_numpy(codes.astype(np.int64)).to(self._bias(self.network.readout).device, self.dtype)
         populations: dict[str, PopulationTrace] = {}
-        readouts = self._readouts(presented, populations)
+        readouts = self._readouts(presented, self.surrogate, populations)
         return Trace(readouts.to(torch.int64).cpu().numpy(), populations)
 
     def _codes(self, images: Tensor) -> Tensor:
@@ -134,7 +185,7 @@ class Twin(nn.Module):
             raise SpikeguardError("images must lie in [0, 1]; clip them first")
         return codes
 
-    def _readouts(self, codes: Tensor, recorded: dict[str, PopulationTrace] | None = None) -> Tensor:
+    def _readouts(self, codes: Tensor, rules: Rules, recorded: dict[str, PopulationTrace] | None = None) -> Tensor:
         """Integer sums over the steps, ``(samples, classes)``; fills ``recorded`` where given."""
         changing = codes.ndim == len(self.network.input.shape) + 2
         # (steps, samples, *shape), or a single leading step where nothing changes over time.
@@ -142,7 +193,8 @@ class Twin(nn.Module):
         for population in self.network.populations:
             if not population.spiking and recorded is None:
                 break
-            neuron = _Neuron(population, self.network.steps, self._saturates[population.name], self._rule(population))
+            rule = _rule(rules, population)
+            neuron = _Neuron(population, self.network.steps, self._saturates[population.name], rule)
             sums = (*self._sums(population, activity), self._bias(population))
             if recorded is not None:
                 recorded[population.name] = _record(neuron, *sums)
@@ -206,10 +258,11 @@ class Twin(nn.Module):
     def _bias(self, population: Population) -> Tensor:
         return self.get_buffer(f"bias_{population.name}")
 
-    def _rule(self, population: Population) -> GradientRule:
-        if isinstance(self.surrogate, Mapping):
-            return self.surrogate[population.name] if population.spiking else TRIANGLE
-        return self.surrogate
+
+def _rule(rules: Rules, population: Population) -> SpikeRule:
+    if isinstance(rules, Mapping):
+        return rules[population.name] if population.spiking else TRIANGLE
+    return rules
 
 
 def exact_convolution(activity: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -244,7 +297,7 @@ class _Neuron:
     population: Population
     steps: int
     saturates: bool
-    rule: GradientRule
+    rule: SpikeRule
 
     @property
     def threshold(self) -> int:
@@ -318,6 +371,8 @@ class _Spikes(torch.autograd.Function):
 
         ds/dr = g    dr_t/dv_{t-1} = k_v    dr/dc = 1    dc_t/dc_{t-1} = k_c
         dv/dr = (1 - s) - r g   (reset "zero"),    1 - threshold g / scale   (reset "subtract")
+
+    Through the rate, the input of a step gets the gradient of its spikes wherever the neuron spikes at all.
     """
 
     @staticmethod
@@ -331,21 +386,30 @@ class _Spikes(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         before, spikes = ctx.saved_tensors
         neuron: _Neuron = ctx.neuron
-        population = neuron.population
-        real = before / (STATE_UNITS * population.scale)
-        slope = neuron.rule.gradient(real - (population.threshold + 0.5) / population.scale)
-        if population.reset == "zero":
-            through_reset = real.mul_(slope).add_(spikes).neg_().add_(1)
+        if isinstance(neuron.rule, Rate):
+            flow = gradient * spikes.amax(0)
         else:
-            through_reset = slope * (-population.threshold / population.scale) + 1
-        membrane_share = 1 - population.voltage_decay / DECAY_UNITY
-        current_share = 1 - population.current_decay / DECAY_UNITY
-        flow = gradient * slope
-        for t in range(neuron.steps - 2, -1, -1):
-            flow[t].addcmul_(flow[t + 1], through_reset[t], value=membrane_share)
-        if current_share:
-            for t in range(neuron.steps - 2, -1, -1):
-                flow[t].add_(flow[t + 1], alpha=current_share)
-        flow.div_(STATE_UNITS * population.scale)
+            flow = _flow_through_time(neuron, neuron.rule, gradient, before, spikes)
+        flow.div_(STATE_UNITS * neuron.population.scale)
         _, needs_held, needs_stepped, _ = ctx.needs_input_grad
         return None, flow.sum(0) if needs_held else None, flow if needs_stepped else None, None
+
+
+def _flow_through_time(neuron: _Neuron, rule: GradientRule, gradient: Tensor, before: Tensor, spikes: Tensor) -> Tensor:
+    """Gradient at the input of every step in real units, from that at the spikes."""
+    population = neuron.population
+    real = before / (STATE_UNITS * population.scale)
+    slope = rule.gradient(real - (population.threshold + 0.5) / population.scale)
+    if population.reset == "zero":
+        through_reset = real.mul_(slope).add_(spikes).neg_().add_(1)
+    else:
+        through_reset = slope * (-population.threshold / population.scale) + 1
+    membrane_share = 1 - population.voltage_decay / DECAY_UNITY
+    current_share = 1 - population.current_decay / DECAY_UNITY
+    flow = gradient * slope
+    for t in range(neuron.steps - 2, -1, -1):
+        flow[t].addcmul_(flow[t + 1], through_reset[t], value=membrane_share)
+    if current_share:
+        for t in range(neuron.steps - 2, -1, -1):
+            flow[t].add_(flow[t + 1], alpha=current_share)
+    return flow

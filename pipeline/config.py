@@ -86,7 +86,7 @@ class FidelityConfig(_Section):
     epsilon: Annotated[float, Field(gt=0, le=1)] = 0.1
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    pgd_steps: Count = 20
+    attacks: Literal["quick", "paper", "strong"] = Field(default="quick", description="the ensemble of gradients")
     square_queries: Count = 300
     certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
     runtimes: tuple[RuntimeName, ...] = ("emulator", "lava", "netx", "onnxruntime")

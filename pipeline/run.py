@@ -32,7 +32,7 @@ from pipeline.data import Splits, load_digits, load_npz, split
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
 from pipeline.fidelity.page import render_report
-from pipeline.fidelity.statistics import wilson_interval
+from pipeline.statistics import wilson_interval
 from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, load_float, load_rate
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
@@ -41,9 +41,9 @@ from pipeline.models.zoo import NETWORKS
 from pipeline.objectives import Objective, natural, pgd_adversarial_training, robust_finetuning
 from pipeline.progress import console
 from pipeline.quantization import quantize
+from pipeline.source import source_digest
 from pipeline.training import Epoch, Schedule, fit, images_of
 
-PACKAGES = ("hardware", "exporters", "pipeline")
 CALIBRATION_IMAGES = 256
 GOLDEN_IMAGES = 16
 LAVA_RUNTIMES = ("lava", "netx")
@@ -143,16 +143,6 @@ class Run:
 def _files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a result folder; empty if there is none."""
     return {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.is_file()}
-
-
-def source_digest() -> str:
-    """Hash of this project's own code: results of other code are not reused."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def build_network(name: str) -> nn.Module:

@@ -16,7 +16,7 @@ from hardware.reference import run_reference
 from hardware.runtimes.opening import open_runtime
 from hardware.runtimes.protocol import Runtime
 from hardware.trace import Trace, compare_traces
-from pipeline.attacks.gradient import Crafted
+from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes
 from pipeline.fidelity.crafting import Images
 from pipeline.progress import track

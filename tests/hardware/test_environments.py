@@ -191,6 +191,15 @@ class TestStamp:
         assert not environments.is_finished(moved)
         assert not environments.is_sound(moved)
 
+    def test_torchattacks_comes_with_the_tests_and_without_its_dependencies(self) -> None:
+        testing, training = (
+            environments.main_environment(environments.ROOT, e, "cpu") for e in ("train,test", "train")
+        )
+        *others, oracle = testing.steps
+        assert [step.title for step in others] == [step.title for step in training.steps]
+        assert all(attempt[-2:] == ("--no-deps", "torchattacks") for attempt in oracle.attempts)
+        assert environments.pinned_version("torchattacks", (environments.ROOT / "constraints.txt").read_text())
+
     def test_lava_does_not_depend_on_the_project_files(self, tmp_path: Path) -> None:
         lava = environments.lava_environment(tmp_path)
         assert lava.sources == ()

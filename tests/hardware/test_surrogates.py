@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hardware.surrogates import RULES, Surrogate
+from hardware.errors import SpikeguardError
+from hardware.surrogates import ENSEMBLE, RULES, AdaptiveSurrogate, Surrogate
 
 POINTS = [-3.0, -1.0, -0.6, -0.25, 0.0, 0.25, 0.6, 1.0, 3.0]
 
@@ -50,3 +51,65 @@ def test_gradients_keep_shape_and_type(rule: str, dtype: torch.dtype) -> None:
     assert gradient.shape == z.shape
     assert gradient.dtype == dtype
     assert bool((gradient > 0).all())
+
+
+def test_the_ensemble_is_the_methods_table() -> None:
+    """z = 0.2 of members 1 to 17, each by its formula."""
+    z = torch.tensor([0.2], dtype=torch.float64)
+    triangles = [(w - 0.2) / w**2 for w in (1, 2, 3, 0.5, 0.25)]
+    exponentials = [a * math.exp(-b * 0.2) for a in (0.3, 1.0) for b in (0.5, 1, 2)]
+    rectangles = [(w / 2 > 0.2) / w for w in (0.25, 0.5, 1, 2, 4)]
+    expected = [*triangles, *exponentials, *rectangles, 1.0]
+    assert [float(member.gradient(z)) for member in ENSEMBLE] == pytest.approx(expected)
+    assert len(ENSEMBLE) == len({member.name for member in ENSEMBLE}) == 17
+
+
+class TestAdaptiveSurrogate:
+    def test_equals_its_plain_restatement_over_iterations(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        iterations = 2 * torch.randn(6, 2, 3, 4, generator=generator, dtype=torch.float64)
+        rule = AdaptiveSurrogate(0.42)
+        w = 2 / math.pi * math.tan(math.pi * 0.42)
+        means, deviations = [1.0] * 24, [0.0] * 24
+        for z in iterations:
+            before, slopes = z.clone(), rule.gradient(z).flatten()
+            for neuron, value in enumerate(z.flatten().tolist()):
+                mean = 0.9 * means[neuron] + 0.1 * abs(value)
+                deviation = 0.9 * deviations[neuron] + 0.1 * abs(abs(value) - mean)
+                means[neuron], deviations[neuron] = mean, deviation
+                alpha = w / (mean + 1.5 * deviation + 1e-4)
+                expected = alpha / 2 / (1 + (math.pi * alpha * value / 2) ** 2)
+                assert float(slopes[neuron]) == pytest.approx(expected, rel=1e-9)
+            assert torch.equal(z, before)
+
+    @pytest.mark.parametrize("share", [0.25, 0.4, 0.45])
+    def test_the_share_of_its_area_lies_within_the_typical_distance(self, share: float) -> None:
+        """All neurons at one distance: M = |z| and D = 0, so that the distance itself bounds the share."""
+        z = torch.full((1, 1), 0.7, dtype=torch.float64)
+        rule = AdaptiveSurrogate(share)
+        for _ in range(400):
+            height = float(rule.gradient(z))
+        alpha = 2 / math.pi * math.tan(math.pi * share) / 0.7001
+        assert height == pytest.approx(Surrogate("arctan", alpha).gradient(z).item(), rel=1e-4)
+        within = torch.linspace(0, 0.7, 100_001, dtype=torch.float64)
+        area = torch.trapezoid(Surrogate("arctan", alpha).gradient(within), within)
+        assert float(area) == pytest.approx(share, abs=1e-3)
+
+    def test_another_shape_is_refused(self) -> None:
+        rule = AdaptiveSurrogate()
+        rule.gradient(torch.zeros(8, 5, 3))
+        with pytest.raises(SpikeguardError, match=r"\(8, 5, 3\).*\(8, 4, 3\).*new one"):
+            rule.gradient(torch.zeros(8, 4, 3))
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, -1.0, math.nan])
+    def test_a_share_out_of_range_is_refused(self, share: float) -> None:
+        with pytest.raises(SpikeguardError, match=r"between 0 and 0\.5"):
+            AdaptiveSurrogate(share)
+
+    def test_keeps_type_and_works_on_its_own_state_only(self) -> None:
+        first, second = AdaptiveSurrogate(), AdaptiveSurrogate()
+        z = torch.full((2, 3), 0.3)
+        one = first.gradient(z)
+        assert one.dtype == torch.float32
+        assert not torch.equal(first.gradient(z), one)
+        assert torch.equal(second.gradient(z), one)

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 Builder = Callable[[], nn.Module]
 
 
-def _conv_net() -> nn.Module:
+def conv_net() -> nn.Module:
     return nn.Sequential(
         Normalize([0.3], [0.4]),
         nn.Conv2d(1, 4, 3, padding=1, bias=False),
@@ -91,7 +91,7 @@ def _feature_net() -> nn.Module:
 
 
 NETWORKS: Mapping[str, tuple[Builder, Shape]] = {
-    "conv": (_conv_net, (1, 8, 8)),
+    "conv": (conv_net, (1, 8, 8)),
     "wide kernel": (_wide_kernel_net, (2, 8, 8)),
     "padded beyond the kernel": (_padded_beyond_the_kernel_net, (1, 6, 6)),
     "plain conv": (_plain_conv_net, (1, 6, 6)),
