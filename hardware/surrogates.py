@@ -122,12 +122,15 @@ class AdaptiveSurrogate:
 
     Attributes:
         share: above 0 and below 0.5.
+        warm_start: M starts at the first ``|z|`` instead of 1 as published. Not from the paper: it spares the first
+            twenty or so iterations, in which M only finds its scale.
 
     Raises:
         SpikeguardError: if ``share`` is not in its range.
     """
 
     share: float = 0.4
+    warm_start: bool = False
     _mean: Tensor | None = field(default=None, init=False, repr=False)
     _deviation: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -148,7 +151,8 @@ class AdaptiveSurrogate:
             SpikeguardError: if z has another shape than in the first call.
         """
         if self._mean is None or self._deviation is None:
-            self._mean, self._deviation = torch.ones_like(z), torch.zeros_like(z)
+            self._mean = z.abs() if self.warm_start else torch.ones_like(z)
+            self._deviation = torch.zeros_like(z)
         if self._mean.shape != z.shape:
             raise SpikeguardError(
                 f"the adaptive surrogate follows neurons {tuple(self._mean.shape)} and was given {tuple(z.shape)}; "

@@ -140,13 +140,14 @@ def fidelity(
     from hardware.formats.bundle import open_bundle
     from pipeline.fidelity.check import Circumstances, run_check
     from pipeline.fidelity.crafting import Images
-    from pipeline.run import Run, require_runtimes, write_report
+    from pipeline.run import Run, require_runtimes, require_same_test_split, write_report
 
     bundle = open_bundle(path)
     config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes)])
     require_runtimes(config)
     _use_threads(threads)
     splits = Run(config, folder, "").data
+    require_same_test_split(bundle, splits.test)
     images = Images(splits.test.codes, splits.test.labels, config.seed)
     circumstances = Circumstances(data=splits.name, reproduce=_command())
     result = run_check(bundle, images, config.fidelity, folder / "crafted", circumstances)

@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from exporters.bundle import write_bundle
 from hardware.errors import SpikeguardError
 from hardware.files import atomic_folder, read_json, sha256_of, write_bytes, write_json
-from hardware.formats.bundle import open_bundle
+from hardware.formats.bundle import Bundle, open_bundle
 from hardware.formats.network_file import load_network, save_network
 from hardware.runtimes.lava import locate_lava_python
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.targets import FloatTarget, budget_of, correct
 from pipeline.config import Config
 from pipeline.conversion import calibrate, convert
-from pipeline.data import Splits, load_digits, load_npz, split
+from pipeline.data import Dataset, Splits, load_digits, load_npz, split
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
 from pipeline.fidelity.page import render_report
-from pipeline.fidelity.statistics import wilson_interval
 from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, load_float, load_rate
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
@@ -42,9 +41,10 @@ from pipeline.models.zoo import NETWORKS
 from pipeline.objectives import Objective, natural, pgd_adversarial_training, robust_finetuning
 from pipeline.progress import console
 from pipeline.quantization import quantize
+from pipeline.source import source_digest
+from pipeline.statistics import wilson_interval
 from pipeline.training import Epoch, Schedule, fit, images_of
 
-PACKAGES = ("hardware", "exporters", "pipeline")
 CALIBRATION_IMAGES = 256
 GOLDEN_IMAGES = 16
 LAVA_RUNTIMES = ("lava", "netx")
@@ -158,18 +158,26 @@ def _files(folder: Path) -> dict[str, str]:
 def _digest_of_data(data: Splits) -> str:
     digest = hashlib.sha256()
     for part in (data.train, data.validation, data.test):
-        digest.update(repr(part.codes.shape).encode() + part.codes.tobytes() + part.labels.tobytes())
+        digest.update(digest_of(part).encode())
     return digest.hexdigest()
 
 
-def source_digest() -> str:
-    """Hash of this project's own code: results of other code are not reused."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
+def digest_of(part: Dataset) -> str:
+    """SHA-256 of a part of the data, labels included."""
+    shape = repr(part.codes.shape).encode()
+    return hashlib.sha256(shape + part.codes.tobytes() + part.labels.tobytes()).hexdigest()
+
+
+def require_same_test_split(bundle: Bundle, test: Dataset) -> None:
+    """Refuse to check a bundle on other images than its run set aside: they may have been trained on.
+
+    Raises:
+        SpikeguardError: if the bundle names another test split.
+    """
+    if bundle.manifest.provenance.get("test_split") != digest_of(test):
+        raise SpikeguardError(
+            f"{bundle.path} was made with another test split than the data at hand gives; bring the data it was made with"
+        )
 
 
 def build_network(name: str) -> nn.Module:
@@ -330,7 +338,11 @@ def export_bundle(run: Run, folder: Path) -> None:
         network,
         golden_codes=np.concatenate([clean, noisy]),
         float_model_files=float_files(load_float(run.result("finetune"))),
-        provenance={"config": run.config.model_dump(mode="json"), "data": run.data.name},
+        provenance={
+            "config": run.config.model_dump(mode="json"),
+            "data": run.data.name,
+            "test_split": digest_of(run.data.test),
+        },
     )
 
 

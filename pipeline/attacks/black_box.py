@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
-from pipeline.attacks.gradient import Crafted
+from pipeline.attacks.search import Crafted, generators_of
 from pipeline.attacks.targets import Codes, Labels, Logits, Target
 
 INITIAL_SHARE = 0.8
-# Share of the image a square covers is halved at these fractions of the queries.
+REPORT_QUERIES = 50
+# The share of the image a square covers is halved at these fractions of the queries.
 HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -54,40 +56,42 @@ def square(
         budget: l-infinity radius in codes.
         queries: per image at most.
         seed: of the search.
-        advance: told about every finished query.
+        advance: told now and then how many images are left.
     """
     if len(codes) == 0:
-        return Crafted(codes.copy(), np.zeros(0, bool), None, 0)
+        return Crafted(codes.copy(), np.zeros(0, bool), np.zeros(0), None, 0)
     clean = codes.astype(np.int64)
     low, high = np.maximum(clean - budget, 0), np.minimum(clean + budget, 255)
     _, channels, height, width = codes.shape
-    generators = [np.random.default_rng([seed, int(index)]) for index in indices]
+    generators = generators_of(indices, seed, 0)
     stripes = np.stack([g.choice((-budget, budget), (channels, 1, width)) for g in generators])
-    places = np.stack([g.random((queries, 2)) for g in generators])
-    signs = np.stack([g.choice((-budget, budget), (queries, channels)) for g in generators])
-
     best = np.clip(clean + stripes, low, high).astype(np.uint8)
     logits = target.logits(best)
-    best_margin, fooled = margins(logits, labels), logits.argmax(1) != labels
+    best_logits, best_margin, fooled = logits, margins(logits, labels), logits.argmax(1) != labels
+    asked = len(codes)
     for query in range(1, queries):
         alive = np.flatnonzero(~fooled)
-        advance(f"{len(alive)} left")
         if len(alive) == 0:
-            continue
+            break
+        if query % REPORT_QUERIES == 0:
+            advance(f"Square {query} of {queries}, {len(alive)} left", units=0)
         halvings = sum(query / queries > fraction for fraction in HALVINGS)
         side = max(1, round(np.sqrt(INITIAL_SHARE * 0.5**halvings * height * width)))
         side = min(side, height, width)
         proposal = best[alive].copy()
         for row, image in enumerate(alive):
-            y = int(places[image, query, 0] * (height - side + 1))
-            x = int(places[image, query, 1] * (width - side + 1))
+            generator = generators[image]
+            y, x = (int(generator.integers(size - side + 1)) for size in (height, width))
+            sign = generator.choice((-budget, budget), (channels, 1, 1))
             window = (slice(None), slice(y, y + side), slice(x, x + side))
-            moved = clean[image][window] + signs[image, query][:, None, None]
+            moved = clean[image][window] + sign
             proposal[row][window] = np.clip(moved, low[image][window], high[image][window])
         logits = target.logits(proposal)
+        asked += len(alive)
         margin, wrong = margins(logits, labels[alive]), logits.argmax(1) != labels[alive]
         better = (margin < best_margin[alive]) | wrong
-        best[alive[better]] = proposal[better]
-        best_margin[alive[better]] = margin[better]
+        rows = alive[better]
+        best[rows], best_margin[rows], best_logits[rows] = proposal[better], margin[better], logits[better]
         fooled[alive[wrong]] = True
-    return Crafted(best, fooled, None, queries)
+    strength = logsumexp(best_logits, axis=1) - best_logits[np.arange(len(labels)), labels]
+    return Crafted(best, fooled, strength, None, asked)

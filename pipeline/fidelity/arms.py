@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.fidelity.statistics import (
+from pipeline.statistics import (
     PairedOutcome,
     Verdict,
     judge,
@@ -41,9 +41,9 @@ class Arm:
     outcome: PairedOutcome
 
 
-def worst_case(hits: Mapping[str, Hits]) -> Hits:
+def worst_case(hits: Sequence[Hits]) -> Hits:
     """Images a model gets right in every one of the arms."""
-    right: Hits = np.logical_and.reduce(list(hits.values()))
+    right: Hits = np.logical_and.reduce(hits)
     return right
 
 

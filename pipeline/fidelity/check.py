@@ -18,8 +18,8 @@ from hardware.emulator import run_emulator
 from hardware.formats.bundle import Bundle
 from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import count_activity, placement
-from pipeline.attacks.gradient import Crafted
-from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, correct, to_images
+from pipeline.attacks.search import Crafted
+from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, correct, to_images
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import Hits, arm_row, make_arm, overall, worst_case
 from pipeline.fidelity.certification import certify, is_certified
@@ -109,7 +109,7 @@ def run_check(
     clock = time.perf_counter()
     hits = {name: _judge(target, images, crafted) for name, target in targets.items()}
     arms = _arm_rows(hits, settings)
-    health = health_row(examine(targets, crafted, images))
+    health = health_row(examine(targets, crafted, images, budget_of(settings.epsilon)))
     timings["judgement"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -213,20 +213,21 @@ def _judge(target: Target, images: Images, crafted: Mapping[str, Crafted]) -> di
 
 def _arm_rows(hits: Mapping[str, Mapping[str, Hits]], settings: FidelityConfig) -> list[dict[str, Any]]:
     reference, deployed = hits["float"], hits["integer"]
+    counted = ["clean", *(attack.name for attack in ATTACKS if attack.in_worst_case)]
     arms = [
         make_arm("clean", "none", "images as they are", 0.0, True, (reference["clean"], deployed["clean"])),
         make_arm(
             "worst case",
-            "union of all arms",
+            "union of the arms",
             "right on the clean image and on every image crafted on either model",
             settings.epsilon,
             True,
-            (worst_case(reference), worst_case(deployed)),
+            (worst_case([reference[name] for name in counted]), worst_case([deployed[name] for name in counted])),
         ),
         *(
             make_arm(
                 attack.name,
-                attack.label,
+                attack.label.format(**settings.model_dump()),
                 attack.description,
                 settings.epsilon,
                 False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ import numpy as np
 
 from hardware.errors import SpikeguardError
 from hardware.files import read_arrays, write_arrays
+from pipeline.attacks.backward import Adaptive
 from pipeline.attacks.black_box import random_noise, square
-from pipeline.attacks.ensemble import QUICK, pgd_ensemble
-from pipeline.attacks.gradient import Crafted
+from pipeline.attacks.disagreement import disagree
+from pipeline.attacks.ensemble import PRESETS, run_ensemble
+from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, GradientTarget, Labels, budget_of, correct
 from pipeline.config import FidelityConfig
 from pipeline.progress import track
+from pipeline.source import source_digest
+
+Targets = Mapping[str, GradientTarget]
 
 
 @dataclass(frozen=True)
@@ -35,47 +40,104 @@ class Images:
         return np.arange(len(self.labels))
 
 
-def craft_noise(_: GradientTarget, images: Images, settings: FidelityConfig, advance: Callable[..., None]) -> Crafted:
+@dataclass(frozen=True)
+class Work:
+    """What an attack of the check is given.
+
+    Attributes:
+        targets: models by name.
+        store: file for its half-finished state.
+    """
+
+    targets: Targets
+    images: Images
+    settings: FidelityConfig
+    advance: Callable[..., None]
+    store: Path
+
+    @property
+    def budget(self) -> int:
+        """In codes."""
+        return budget_of(self.settings.epsilon)
+
+
+Craft = Callable[[Work], Crafted]
+
+
+def craft_noise(work: Work) -> Crafted:
     """Random signs of the whole budget."""
-    noisy = random_noise(images.codes, images.indices, budget=budget_of(settings.epsilon), seed=images.seed)
-    advance(units=len(noisy))
-    return Crafted(noisy, np.zeros(len(noisy), bool), None, 0)
+    images = work.images
+    noisy = random_noise(images.codes, images.indices, budget=work.budget, seed=images.seed)
+    work.advance(units=len(noisy))
+    return Crafted(noisy, np.zeros(len(noisy), bool), np.full(len(noisy), -np.inf), None, 0)
 
 
-def craft_pgd(
-    target: GradientTarget, images: Images, settings: FidelityConfig, advance: Callable[..., None]
-) -> Crafted:
-    """PGD through the ensemble of surrogates."""
-    return pgd_ensemble(
-        target,
-        images.codes,
-        images.labels,
-        images.indices,
-        budget=budget_of(settings.epsilon),
-        steps=settings.pgd_steps,
-        seed=images.seed,
-        advance=advance,
-    )
+def craft_ensemble(target: str) -> Craft:
+    """The configured ensemble on one model."""
+
+    def craft(work: Work) -> Crafted:
+        images = work.images
+        result = run_ensemble(
+            work.targets[target],
+            PRESETS[work.settings.attacks],
+            images.codes,
+            images.labels,
+            images.indices,
+            budget=work.budget,
+            seed=images.seed,
+            advance=work.advance,
+            store=work.store,
+        )
+        return result.crafted
+
+    return craft
 
 
-def craft_square(
-    target: GradientTarget, images: Images, settings: FidelityConfig, advance: Callable[..., None]
-) -> Crafted:
-    """Square, which only asks, on the images the target gets right."""
-    result, fooled = images.codes.copy(), ~correct(target, images.codes, images.labels)
-    alive = np.flatnonzero(~fooled)
-    crafted = square(
-        target,
-        images.codes[alive],
-        images.labels[alive],
-        images.indices[alive],
-        budget=budget_of(settings.epsilon),
-        queries=settings.square_queries,
-        seed=images.seed,
-        advance=advance,
-    )
-    result[alive], fooled[alive] = crafted.codes, crafted.fooled
-    return Crafted(result, fooled, None, crafted.queries)
+def craft_square(target: str) -> Craft:
+    """Square, which only asks, on the images one model gets right."""
+
+    def craft(work: Work) -> Crafted:
+        images, model = work.images, work.targets[target]
+        result, fooled = images.codes.copy(), ~correct(model, images.codes, images.labels)
+        strength = np.full(len(fooled), -np.inf)
+        alive = np.flatnonzero(~fooled)
+        found = square(
+            model,
+            images.codes[alive],
+            images.labels[alive],
+            images.indices[alive],
+            budget=work.budget,
+            queries=work.settings.square_queries,
+            seed=images.seed,
+            advance=work.advance,
+        )
+        work.advance(f"{int((~found.fooled).sum())} left", units=len(images.labels))
+        result[alive], fooled[alive], strength[alive] = found.codes, found.fooled, found.strength
+        return Crafted(result, fooled, strength, None, found.gradients)
+
+    return craft
+
+
+def craft_disagreement(right: str, wrong: str) -> Craft:
+    """Images that one model gets right and the other wrong."""
+
+    def craft(work: Work) -> Crafted:
+        images = work.images
+        return disagree(
+            work.targets[right],
+            work.targets[wrong],
+            images.codes,
+            images.labels,
+            images.indices,
+            backward=Adaptive(),
+            walk="APGD",
+            steps=DISAGREEMENT_STEPS,
+            budget=work.budget,
+            seed=images.seed,
+            advance=work.advance,
+        )
+
+    return craft
 
 
 @dataclass(frozen=True)
@@ -84,66 +146,71 @@ class Attack:
 
     Attributes:
         name: of the arm.
-        target: name of the model it is crafted on.
-        label: for people.
+        targets: names of the models it asks.
+        label: what it is, with ``{settings}`` to fill in.
         description: one line for the report.
         craft: makes the images.
-        work: units of progress for n images.
+        in_worst_case: whether its images count in the worst case; not if it favours one model.
     """
 
     name: str
-    target: str
+    targets: tuple[str, ...]
     label: str
     description: str
-    craft: Callable[[GradientTarget, Images, FidelityConfig, Callable[..., None]], Crafted]
-    work: Callable[[int, FidelityConfig], int]
+    craft: Craft
+    in_worst_case: bool = True
+
+    def work_units(self, samples: int, settings: FidelityConfig) -> int:
+        """Units of progress."""
+        return samples * (len(PRESETS[settings.attacks]) if "ensemble" in self.label else 1)
 
 
-def _per_image(samples: int, _: FidelityConfig) -> int:
-    return samples
-
-
-def _per_member(samples: int, _: FidelityConfig) -> int:
-    return samples * len(QUICK)
-
-
-def _per_query(_: int, settings: FidelityConfig) -> int:
-    return settings.square_queries - 1
-
-
+DISAGREEMENT_STEPS = 40
 ATTACKS: tuple[Attack, ...] = (
-    Attack("noise", "float", "noise", "random signs of the whole budget", craft_noise, _per_image),
+    Attack("noise", (), "noise", "random signs of the whole budget", craft_noise),
     Attack(
         "transfer",
-        "float",
-        f"PGD ensemble of {len(QUICK)} on the float SNN",
+        ("float",),
+        "{attacks} ensemble on the float SNN",
         "crafted on the reference, replayed on the deployed model",
-        craft_pgd,
-        _per_member,
+        craft_ensemble("float"),
     ),
     Attack(
         "adaptive",
-        "integer",
-        f"PGD ensemble of {len(QUICK)} through the twin",
+        ("integer",),
+        "{attacks} ensemble through the twin",
         "crafted on the deployed integer model through its differentiable twin",
-        craft_pgd,
-        _per_member,
+        craft_ensemble("integer"),
     ),
     Attack(
         "black box, float",
-        "float",
-        "Square on the float SNN",
+        ("float",),
+        "Square {square_queries} on the float SNN",
         "no gradients, queries to the reference",
-        craft_square,
-        _per_query,
+        craft_square("float"),
     ),
     Attack(
         "black box",
-        "integer",
-        "Square on the integer model",
+        ("integer",),
+        "Square {square_queries} on the integer model",
         "no gradients, queries to the certified emulator",
-        craft_square,
-        _per_query,
+        craft_square("integer"),
+    ),
+    Attack(
+        "only deployed wrong",
+        ("float", "integer"),
+        "disagreement",
+        "sought so that the reference stays right; outside the worst case, for it favours one model",
+        craft_disagreement("float", "integer"),
+        in_worst_case=False,
+    ),
+    Attack(
+        "only reference wrong",
+        ("float", "integer"),
+        "disagreement",
+        "sought so that the deployed model stays right; outside the worst case, for it favours one model",
+        craft_disagreement("integer", "float"),
+        in_worst_case=False,
     ),
 )
 
@@ -167,24 +234,28 @@ def craft_all(
     """
     crafted = {}
     for attack in attacks:
+        key = _key(attack, images, settings, identity)
         stem = attack.name.replace(", ", "-").replace(" ", "-")
-        path = folder / f"{stem}-{_key(attack, images, settings, identity)}.npz"
+        path = folder / f"{stem}-{key}.npz"
         if path.is_file():
-            crafted[attack.name] = load_crafted(path, images.codes.shape)
+            crafted[attack.name] = load_crafted(path, images.codes, budget_of(settings.epsilon))
             continue
-        with track(attack.name, attack.work(len(images.labels), settings)) as advance:
-            crafted[attack.name] = attack.craft(targets[attack.target], images, settings, advance)
+        half = path.with_suffix(".half.npz")
+        with track(attack.name, attack.work_units(len(images.labels), settings)) as advance:
+            crafted[attack.name] = attack.craft(Work(targets, images, settings, advance, half))
         save_crafted(path, crafted[attack.name])
+        half.unlink(missing_ok=True)
     return crafted
 
 
 def _key(attack: Attack, images: Images, settings: FidelityConfig, identity: str) -> str:
     facts = {
-        "attack": [attack.name, attack.target, attack.label],
-        "members": [asdict(member) for member in QUICK],
-        "effort": [settings.epsilon, settings.pgd_steps, settings.square_queries, images.seed],
+        "attack": [attack.name, attack.targets, attack.label],
+        "members": [repr(member) for member in PRESETS[settings.attacks]],
+        "effort": [settings.epsilon, settings.square_queries, images.seed],
         "images": hashlib.sha256(images.codes.tobytes() + images.labels.tobytes()).hexdigest(),
         "models": identity,
+        "code": source_digest(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -197,14 +268,15 @@ def save_crafted(path: Path, crafted: Crafted) -> None:
         {
             "codes": crafted.codes,
             "fooled": crafted.fooled,
+            "strength": crafted.strength,
             "zero_gradients": np.array(share),
-            "queries": np.array(crafted.queries),
+            "gradients": np.array(crafted.gradients),
         },
     )
 
 
-def load_crafted(path: Path, shape: tuple[int, ...]) -> Crafted:
-    """The inverse of :func:`save_crafted`.
+def load_crafted(path: Path, clean: Codes, budget: int) -> Crafted:
+    """The inverse of :func:`save_crafted`, for images within ``budget`` of the clean ones.
 
     Raises:
         SpikeguardError: if the file holds something else.
@@ -212,9 +284,17 @@ def load_crafted(path: Path, shape: tuple[int, ...]) -> Crafted:
     arrays = read_arrays(path)
     try:
         share = float(arrays["zero_gradients"])
-        crafted = Crafted(arrays["codes"], arrays["fooled"], None if np.isnan(share) else share, int(arrays["queries"]))
+        crafted = Crafted(
+            arrays["codes"],
+            arrays["fooled"],
+            arrays["strength"],
+            None if np.isnan(share) else share,
+            int(arrays["gradients"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise SpikeguardError(f"{path} holds no crafted images ({error}); delete it and run again") from error
-    if crafted.codes.shape != shape or crafted.codes.dtype != np.uint8 or crafted.fooled.shape != shape[:1]:
-        raise SpikeguardError(f"{path} holds images of {crafted.codes.shape}, expected {shape}; delete it")
+    if crafted.codes.shape != clean.shape or crafted.codes.dtype != np.uint8 or crafted.fooled.shape != clean.shape[:1]:
+        raise SpikeguardError(f"{path} holds images of {crafted.codes.shape}, expected {clean.shape}; delete it")
+    if np.abs(crafted.codes.astype(np.int16) - clean).max(initial=0) > budget:
+        raise SpikeguardError(f"{path} holds images beyond the budget of {budget} codes; delete it and run again")
     return crafted

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pipeline.attacks.gradient import Crafted, pgd
 from torch import Tensor
 
 from hardware.surrogates import Surrogate
 from pipeline.attacks import gradient
 from pipeline.attacks.black_box import margins, random_noise, square
 from pipeline.attacks.ensemble import QUICK, pgd_ensemble
-from pipeline.attacks.gradient import Crafted, pgd
 from pipeline.attacks.targets import (
     Codes,
     FloatTarget,
@@ -212,11 +212,9 @@ def test_the_ensemble_keeps_what_its_first_success_returned() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_square_returns_the_smallest_margin_it_saw(model: str) -> None:
-    every = own_answers(model, clean())
-    settings: dict[str, Any] = {"budget": 2, "queries": 30, "seed": 4}
-    survive = ~square(target(model), clean(), every, indices(24), **settings).fooled
-    codes, labels = clean()[survive], every[survive]
+def test_square_never_worsens_the_margin(model: str) -> None:
+    codes = clean(6)
+    labels = own_answers(model, codes)
 
     class Watched:
         name = "watched"
@@ -230,14 +228,12 @@ def test_square_returns_the_smallest_margin_it_saw(model: str) -> None:
             return logits
 
     watched = Watched()
-    made = square(watched, codes, labels, indices(24)[survive], **settings)
-    assert survive.sum() > 3
-    assert not made.fooled.any()  # so that every query shows all images
-    assert len(watched.calls) == 30
-    shown = np.stack([margins(logits, labels) for _, logits in watched.calls])
+    made = square(watched, codes, labels, indices(6), budget=20, queries=30, seed=4)
+    start = margins(watched.calls[0][1], labels)
     end = margins(target(model).logits(made.codes), labels)
-    np.testing.assert_allclose(end, shown.min(0), atol=1e-6)
-    assert np.any(end < shown[0])
+    assert np.all(end <= start)
+    assert np.any(end < start)
+    assert len(watched.calls) <= 30
 
 
 def test_margins_are_the_label_against_the_best_other() -> None:
