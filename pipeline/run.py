@@ -26,12 +26,13 @@ from hardware.formats.bundle import Bundle, open_bundle
 from hardware.formats.network_file import load_network, save_network
 from hardware.runtimes.lava import locate_lava_python
 from pipeline.attacks.black_box import random_noise
-from pipeline.attacks.targets import FloatTarget, budget_of, correct
+from pipeline.attacks.targets import budget_of
 from pipeline.config import Config
 from pipeline.conversion import calibrate, convert
 from pipeline.data import Dataset, Splits, load_digits, load_npz, split
+from pipeline.fidelity.baseline import compare_with_natural
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
-from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
+from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.page import render_report
 from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, load_float, load_rate
@@ -42,7 +43,6 @@ from pipeline.objectives import Objective, natural, pgd_adversarial_training, ro
 from pipeline.progress import console
 from pipeline.quantization import quantize
 from pipeline.source import source_digest
-from pipeline.statistics import wilson_interval
 from pipeline.training import Epoch, Schedule, fit, images_of
 
 CALIBRATION_IMAGES = 256
@@ -176,7 +176,7 @@ def require_same_test_split(bundle: Bundle, test: Dataset) -> None:
     """
     if bundle.manifest.provenance.get("test_split") != digest_of(test):
         raise SpikeguardError(
-            f"{bundle.path} was made with another test split than the data at hand gives; bring the data it was made with"
+            f"{bundle.path} was made with another test split than the data here gives; bring the data of its run"
         )
 
 
@@ -392,7 +392,7 @@ def check_run(run: Run, timings: Mapping[str, float], missing: list[dict[str, st
     circumstances = Circumstances(
         data=run.data.name,
         missing_runtimes=missing,
-        baseline=_judge_baseline(run, images) if run.config.fidelity.baseline else None,
+        baseline=_baseline(run, images) if run.config.fidelity.baseline else None,
         quantization=read_json(run.result("quantize") / "scales.json"),
         timings=timings,
         reproduce=run.reproduce,
@@ -409,27 +409,6 @@ def write_report(result: CheckResult, folder: Path) -> None:
     write_bytes(folder / "report.html", render_report(result.report, result.gallery).encode())
 
 
-def _judge_baseline(run: Run, images: Images) -> dict[str, Any]:
-    """Accuracies of the naturally trained SNN, clean and under the PGD ensemble crafted on it."""
-    target = FloatTarget(load_float(run.result("baseline")))
-    identity = json.dumps(_files(run.result("baseline")), sort_keys=True)
-    attack = next(attack for attack in ATTACKS if attack.name == "transfer")
-    crafted = craft_all(
-        {"float": target},
-        images,
-        run.config.fidelity,
-        run.folder / "crafted" / "baseline",
-        identity,
-        [attack],
-    )
-    clean = int(correct(target, images.codes, images.labels).sum())
-    attacked = int(correct(target, crafted[attack.name].codes, images.labels).sum())
-    samples = len(images.labels)
-    return {
-        "description": "the same network and pipeline without attacks in training, under the same PGD crafted on it",
-        "samples": samples,
-        "clean_accuracy": clean / samples,
-        "clean_interval": list(wilson_interval(clean, samples)),
-        "attacked_accuracy": attacked / samples,
-        "attacked_interval": list(wilson_interval(attacked, samples)),
-    }
+def _baseline(run: Run, images: Images) -> dict[str, Any]:
+    natural, robust = load_float(run.result("baseline")), load_float(run.result("finetune"))
+    return compare_with_natural(natural, robust, images, run.config.fidelity.epsilon)

@@ -52,7 +52,7 @@ class Circumstances:
     Attributes:
         data: name of the data set.
         missing_runtimes: runtimes that were wanted but cannot be had here, with the reason.
-        baseline: a naturally trained network's figures, or None.
+        baseline: figures of a naturally trained network beside the robust one's, or None.
         quantization: how the scales were chosen.
         timings: seconds by stage before the check.
         reproduce: the shell command that gives this report.
@@ -142,7 +142,7 @@ def run_check(
         "runtimes": runtimes,
         "layers": layer_rows(layers, trace),
         "gradient_health": health,
-        "baseline": _baseline_row(circumstances.baseline, arms),
+        "baseline": None if circumstances.baseline is None else dict(circumstances.baseline),
         "quantization": [dict(row) for row in circumstances.quantization],
         "proofs": [asdict(row) for row in prove(bundle.network)],
         "placement": _placement_row(bundle),
@@ -237,19 +237,6 @@ def _arm_rows(hits: Mapping[str, Mapping[str, Hits]], settings: FidelityConfig) 
         ),
     ]
     return [arm_row(arm, settings.margin, settings.confidence) for arm in arms]
-
-
-def _baseline_row(baseline: Mapping[str, Any] | None, arms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The natural network's figures beside the robust one's on the same images and attack."""
-    if baseline is None:
-        return None
-    by_name = {arm["name"]: arm for arm in arms}
-    robust = {
-        f"robust_{kind}_{quantity}": by_name[arm][f"reference_{quantity}"]
-        for kind, arm in (("clean", "clean"), ("attacked", "transfer"))
-        for quantity in ("accuracy", "interval")
-    }
-    return {**baseline, **robust}
 
 
 def _placement_row(bundle: Bundle) -> dict[str, Any]:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from pipeline.fidelity.arms import arm_row, make_arm, overall, worst_case
-from pipeline.fidelity.statistics import Verdict, tango_bound, wilson_interval
+from pipeline.statistics import Verdict, tango_bound, wilson_interval
 
 RIGHT = np.array([True, True, True, False])
 
 
 def test_the_worst_case_is_right_only_where_every_arm_is() -> None:
-    hits = {"clean": RIGHT, "pgd": np.array([True, False, True, True]), "noise": np.array([True, True, True, True])}
+    hits = [RIGHT, np.array([True, False, True, True]), np.array([True, True, True, True])]
     assert worst_case(hits).tolist() == [True, False, True, False]
-    assert worst_case({"clean": RIGHT}).tolist() == RIGHT.tolist()
+    assert worst_case([RIGHT]).tolist() == RIGHT.tolist()
 
 
 def row(

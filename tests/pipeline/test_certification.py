@@ -15,7 +15,7 @@ from hardware.network import IntArray
 from hardware.runtimes import opening
 from hardware.runtimes.protocol import Runtime
 from hardware.trace import PopulationTrace, Record, Trace
-from pipeline.attacks.gradient import Crafted
+from pipeline.attacks.search import Crafted
 from pipeline.fidelity.certification import (
     RuntimeFailedError,
     certify,
@@ -37,7 +37,7 @@ def crafted(fooled: list[int], shade: int) -> Crafted:
     """Images that can be told apart: all pixels ``shade``, but the first, which is the image's number."""
     codes = np.full_like(CODES, shade)
     codes[:, 0, 0, 0] = np.arange(SAMPLES)
-    return Crafted(codes, np.isin(np.arange(SAMPLES), fooled), None, 1)
+    return Crafted(codes, np.isin(np.arange(SAMPLES), fooled), np.zeros(SAMPLES), None, 1)
 
 
 CRAFTED = {"a": crafted([3, 7], 100), "b": crafted([], 200)}
@@ -123,7 +123,9 @@ def certify_faulty(bundle: Bundle, fault: str, monkeypatch: pytest.MonkeyPatch) 
         return Faulty(opened, fault)
 
     monkeypatch.setattr(opening, "RUNTIMES", {**opening.RUNTIMES, "faulty": open_faulty})
-    (row,) = certify(bundle, ["faulty"], IMAGES, CRAFTED, 4)
+    emulator, row = certify(bundle, ["faulty"], IMAGES, CRAFTED, 4)
+    assert emulator["name"] == "emulator"  # the attack figures are its own, so it is always certified
+    assert is_certified(emulator)
     return row
 
 
@@ -153,8 +155,8 @@ def test_onnxruntime_answers_every_image_and_a_wrong_answer_counts(
     def open_faulty(opened: Bundle) -> Runtime:
         return Faulty(opened, "readouts", name="onnxruntime")
 
-    monkeypatch.setattr(opening, "RUNTIMES", {"onnxruntime": open_faulty})
-    (row,) = certify(bundle, ["onnxruntime"], IMAGES, CRAFTED, 4)
+    monkeypatch.setattr(opening, "RUNTIMES", {**opening.RUNTIMES, "onnxruntime": open_faulty})
+    _, row = certify(bundle, ["onnxruntime"], IMAGES, CRAFTED, 4)
     assert row["mismatched_readouts"] == 2  # one in the subset, one among all images
     assert not is_certified(row)
 
@@ -167,7 +169,8 @@ def test_a_runtime_that_does_not_finish_is_an_error_with_its_name(
         def run(self, inputs: IntArray, record: Record = "readouts") -> Trace:  # noqa: ARG002
             raise SpikeguardError("the deadline of 3 s passed")
 
-    monkeypatch.setattr(opening, "RUNTIMES", {"broken": lambda opened: Broken(opened, "")})
+    emulator = opening.RUNTIMES["emulator"]
+    monkeypatch.setattr(opening, "RUNTIMES", {"emulator": emulator, "broken": lambda opened: Broken(opened, "")})
     with pytest.raises(RuntimeFailedError, match="runtime broken did not finish: the deadline"):
         certify(bundle, ["broken"], IMAGES, CRAFTED, 2)
     with pytest.raises(RuntimeFailedError, match=r"runtime netx did not finish.*no runtime"):
@@ -195,5 +198,5 @@ def test_a_network_changed_after_export_is_not_certified(bundle: Bundle, tmp_pat
     other = open_bundle(tmp_path / "other")
     mixed = Bundle(other.path, other.manifest)
     mixed.__dict__["network"] = network
-    (row,) = certify(mixed, ["onnxruntime"], IMAGES, CRAFTED, 4)
+    _, row = certify(mixed, ["onnxruntime"], IMAGES, CRAFTED, 4)
     assert not is_certified(row)

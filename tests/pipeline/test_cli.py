@@ -380,14 +380,12 @@ def test_a_planted_fault_in_a_bundle_fails_with_3(call: Call, bundle: Path, tmp_
         "--out",
         tmp_path / "out",
         "--set",
-        "fidelity.pgd_steps=1",
-        "--set",
         "fidelity.square_queries=2",
     )
     assert answer.code == FAIL
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["verdict"], report["outcome"]) == ("fail", "TRACE_MISMATCH")
-    assert report["certified_runtimes"] == []
+    assert report["certified_runtimes"] == ["emulator"]
     assert "onnxruntime" in report["summary"]
 
 
@@ -473,7 +471,8 @@ def test_an_interrupted_run_exits_with_130_and_leaves_nothing_half_written(
         lambda _: any(folder.glob(".train.*.partial")),
         kind,
     )
-    assert code == INTERRUPTED, said
+    # CPython ends by SIGINT itself if the signal fell into a string it was executing; a shell sees 130 for both.
+    assert code in (INTERRUPTED, -signal.SIGINT), said
     assert "interrupted" in said
     assert "Traceback" not in said
     assert [path for path in folder.rglob("*") if path.is_file() or "partial" in path.name] == []

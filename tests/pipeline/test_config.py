@@ -68,7 +68,6 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("fidelity.margin", 1),
         ("fidelity.confidence", 0.5),
         ("fidelity.confidence", 1),
-        ("fidelity.pgd_steps", 0),
         ("fidelity.square_queries", 0),
         ("fidelity.certify", 0),
         ("fidelity.runtimes", ["loihi"]),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from pipeline.fidelity.statistics import (
+from pipeline.statistics import (
     PairedOutcome,
     judge,
     mcnemar,
