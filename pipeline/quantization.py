@@ -7,7 +7,7 @@ is free: the one whose integer spikes differ least from the float ones on traini
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.attacks.targets import to_images
 from pipeline.folding import RealPopulation, fold
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import track
+from pipeline.rounding import MAX_INPUTS, InputStatistics, input_statistics, round_compensated
 
 MAX_CODE = 255
 # Loihi keeps only even weights of mixed-sign dense synapses, so their mantissas are shifted by one bit.
@@ -75,6 +76,7 @@ def quantize(
     choices = []
     with track("quantise", len(populations)) as advance:
         for population in populations:
+            recipe = recipe.with_statistics(population, scales, calibration)
             float_spikes = activity[population.name].spikes.numpy() if population.name in activity else None
             candidates = [
                 choice
@@ -177,13 +179,33 @@ def _problems_at(recipe: Recipe, scales: Mapping[str, float]) -> list[Violation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that makes an integer network but the scales."""
+    """All that makes an integer network but the scales.
+
+    Attributes:
+        statistics: what populations read, by name; where known, weights are rounded with compensation.
+    """
 
     populations: tuple[RealPopulation, ...]
     input_shape: tuple[int, ...]
     steps: int
     bits: int
     provenance: Mapping[str, Any]
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+
+    def with_statistics(
+        self, population: RealPopulation, scales: Mapping[str, float], calibration: NDArray[np.uint8]
+    ) -> Recipe:
+        """The same recipe, knowing what ``population`` reads from the integer populations before it."""
+        if population.weight[0].size > MAX_INPUTS:
+            return self
+        source: NDArray[Any] = calibration
+        if population.source != INPUT:
+            trace = run_emulator(self.assemble(scales), calibration, record="traces")
+            spikes = trace.populations[population.source].spikes
+            shape = next(p.shape for p in self.populations if p.name == population.source)
+            source = np.asarray(spikes).reshape(-1, *shape)
+        statistics = {**self.statistics, population.name: input_statistics(population, source)}
+        return replace(self, statistics=statistics)
 
     def assemble(self, scales: Mapping[str, float]) -> IntegerNetwork:
         """Round everything at the given scales.
@@ -195,10 +217,9 @@ class Recipe:
         rounded_populations, synapses = [], []
         for real in self.populations:
             scale = scales[real.name]
-            weight = round_weights(real, scale, self.bits)
-            bias = np.rint(real.bias * scale)
+            weight, bias = round_population(real, scale, self.bits, self.statistics.get(real.name))
             if real.source == INPUT:
-                kernel, code, bias = split_constant(real, scale, self.bits, self.input_shape)
+                kernel, code, bias = split_constant(real, scale, bias, self.bits, self.input_shape)
                 if code:
                     constant_codes = (code,)
                     weight = np.concatenate([weight, kernel], axis=1)
@@ -214,7 +235,7 @@ class Recipe:
                     real.padding,
                 )
             )
-            per_neuron = bias.reshape(-1, *([1] * (len(real.shape) - 1)))
+            per_neuron = np.rint(bias).reshape(-1, *([1] * (len(real.shape) - 1)))
             rounded_populations.append(
                 Population(
                     real.name,
@@ -239,16 +260,24 @@ def threshold_mantissa(threshold: float, scale: float) -> int:
     return max(round(threshold * scale) - 1, 0)
 
 
-def round_weights(real: RealPopulation, scale: float, bits: int) -> NDArray[np.float64]:
-    """Weights as multiples of ``2**exponent`` that fit ``bits``; larger ones are clipped."""
-    exponent = EXPONENT[real.kind]
-    mantissa = np.clip(np.rint(real.weight * scale / 2**exponent), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    rounded: NDArray[np.float64] = mantissa * 2**exponent
-    return rounded
+def round_population(
+    real: RealPopulation, scale: float, bits: int, statistics: InputStatistics | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weights as multiples of ``2**exponent`` that fit ``bits`` (larger ones are clipped), and the bias, not rounded.
+
+    With statistics of the inputs the errors are made to cancel, and the bias takes back their mean.
+    """
+    step, low, high = 2 ** EXPONENT[real.kind], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if statistics is None:
+        rounded: NDArray[np.float64] = np.clip(np.rint(real.weight * scale / step), low, high) * step
+        return rounded, real.bias * scale
+    flat = (real.weight * scale).reshape(len(real.weight), -1)
+    compensated, mean_error = round_compensated(flat, statistics, low, high, step)
+    return compensated.reshape(real.weight.shape), real.bias * scale - mean_error
 
 
 def split_constant(
-    real: RealPopulation, scale: float, bits: int, input_shape: tuple[int, ...]
+    real: RealPopulation, scale: float, bias: NDArray[np.float64], bits: int, input_shape: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], int, NDArray[np.float64]]:
     """The constant part of the first layer as a constant input channel plus what is left for the bias.
 
@@ -258,13 +287,12 @@ def split_constant(
 
     Returns:
         Kernel ``(out, 1, ...)`` with the geometry of the weights, the code (0 if no channel is needed), and the bias
-        ``(out,)``, all in weight units.
+        ``(out,)`` that is left, all in weight units.
 
     Raises:
         RuleViolations: if no code is large enough at this scale.
     """
     exponent = EXPONENT[real.kind]
-    bias = real.bias * scale
     if real.kind == "conv":
         taps = real.weight.shape[2]
         needed = np.zeros((len(bias), taps, taps)) if real.constant is None else real.constant * scale
@@ -275,7 +303,7 @@ def split_constant(
         needed = np.zeros((len(bias), int(np.prod(input_shape[1:]))))
         anchor = (slice(None), 0)
     if not needed.any() and np.abs(bias).max(initial=0) <= MAX_BIAS:
-        return needed[:, None], 0, np.rint(bias)
+        return needed[:, None], 0, bias
     if anchor is not None:
         needed[anchor] += bias
         bias = np.zeros_like(bias)
@@ -290,4 +318,4 @@ def split_constant(
     if anchor is not None:
         bias = needed[anchor] - kernel[anchor] * code
     shaped = kernel[:, None] if real.kind == "conv" else kernel
-    return shaped, code, np.rint(bias)
+    return shaped, code, bias

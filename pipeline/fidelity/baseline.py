@@ -14,7 +14,7 @@ from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import track
 from pipeline.statistics import wilson_interval
 
-ATTACK = Member(TRIANGLE, "PGD", 10)
+ATTACK = Member(TRIANGLE, "PGD", 50)
 
 
 def compare_with_natural(
