@@ -67,7 +67,7 @@ def square(
     stripes = np.stack([g.choice((-budget, budget), (channels, 1, width)) for g in generators])
     best = np.clip(clean + stripes, low, high).astype(np.uint8)
     logits = target.logits(best)
-    best_logits, best_margin, fooled = logits, margins(logits, labels), logits.argmax(1) != labels
+    best_logits, best_margin, fooled = logits.copy(), margins(logits, labels), logits.argmax(1) != labels
     asked = len(codes)
     for query in range(1, queries):
         alive = np.flatnonzero(~fooled)

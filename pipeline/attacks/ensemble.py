@@ -151,7 +151,14 @@ def oracle_of(target: GradientTarget, member: Member) -> Oracle:
 
 @dataclass(frozen=True)
 class _State:
-    """The strongest image so far of every sample, and what it took; ``entered`` counts the images of each round."""
+    """The strongest image so far of every sample, and what it took.
+
+    Attributes:
+        codes, fooled, strength, gradients: as in :class:`Crafted`; queries count among the gradients.
+        by: position of the first member that fooled, or -1.
+        zero, differentiated: how many of the true gradients were zero, and how many there were.
+        entered: images of each round.
+    """
 
     codes: Codes
     fooled: NDArray[np.bool_]
@@ -159,7 +166,7 @@ class _State:
     by: NDArray[np.int16]
     zero: float
     gradients: int
-    differentiated: bool
+    differentiated: int
     entered: tuple[int, ...]
 
     @staticmethod
@@ -172,7 +179,7 @@ class _State:
             np.full(samples, -1, np.int16),
             0.0,
             0,
-            False,
+            0,
             (),
         )
 
@@ -185,20 +192,20 @@ class _State:
         strength[rows[better]] = found.strength[better]
         by[rows[found.fooled & ~fooled[rows]]] = len(self.entered)
         fooled[rows] |= found.fooled
-        share = found.zero_gradients
+        differentiated = 0 if found.zero_gradients is None else found.gradients
         return _State(
             codes,
             fooled,
             strength,
             by,
-            self.zero + (share or 0.0) * (found.gradients if share is not None else 0),
+            self.zero + (found.zero_gradients or 0.0) * differentiated,
             self.gradients + found.gradients,
-            self.differentiated or share is not None,
+            self.differentiated + differentiated,
             (*self.entered, len(rows)),
         )
 
     def crafted(self) -> Crafted:
-        share = self.zero / self.gradients if self.differentiated and self.gradients else None
+        share = self.zero / self.differentiated if self.differentiated else None
         return Crafted(self.codes, self.fooled, self.strength, share, self.gradients)
 
 
@@ -288,7 +295,7 @@ def _restore(store: Path, codes: Codes) -> _State:
             arrays["by"],
             zero,
             int(gradients),
-            bool(differentiated),
+            int(differentiated),
             tuple(int(count) for count in arrays["entered"]),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -38,11 +38,18 @@ def targeted_difference_of_logits_ratio(rank: int) -> Callable[[Tensor, Tensor],
 
     Args:
         rank: 2 for the runner-up, 3 for the next, and so on.
+
+    Raises:
+        SpikeguardError: when asked, with fewer than 4 classes or fewer than ``rank``.
     """
     chosen: list[Tensor] = []
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         _require_classes(logits, 4, "targeted DLR")
+        if rank > logits.shape[1]:
+            raise SpikeguardError(
+                f"targeted DLR aims at class {rank} by likelihood, the model has {logits.shape[1]}; choose a lower rank"
+            )
         if not chosen:
             chosen.append(_nth_other(logits.detach(), labels, rank - 1))
         ordered = logits.sort(dim=1).values

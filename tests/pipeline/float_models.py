@@ -22,6 +22,8 @@ from pipeline.quantization import quantize
 from pipeline.training import images_of
 
 BATCH = 64
+BLUR = 2**12
+"""Parts of a code that float32 in [0, 1] tells apart after some steps."""
 
 
 class Victim(NamedTuple):
@@ -62,14 +64,18 @@ class OnCodes(nn.Module):
     """Rounds images to pixel codes before a module sees them; gradients pass unchanged.
 
     So a library judges each iterate as our attacks do, after rounding. A budget of whole codes is kept by rounding.
+    Steps of halves and quarters of codes, taken from the border of the budget, often end midway between two codes.
+    Multiples of 1/255 blur that, so the blur is removed first, or chance would round such pixels.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.eval()  # torchattacks puts a model back into the mode it found, and all inside with it
 
     def forward(self, images: Tensor) -> Tensor:
-        rounded = (images * 255).round() / 255
+        exact = (images.detach().double() * 255 * BLUR).round() / BLUR
+        rounded = (exact.round() / 255).to(images.dtype)
         logits: Tensor = self.module(images + (rounded - images).detach())
         return logits
 
@@ -83,6 +89,7 @@ class AnyIterate(nn.Module):
     def __init__(self, module: nn.Module, labels: Tensor) -> None:
         super().__init__()
         self.module = module
+        self.eval()  # torchattacks puts a model back into the mode it found, and all inside with it
         self.labels = labels
         self.fooled = torch.zeros(len(labels), dtype=torch.bool)
 

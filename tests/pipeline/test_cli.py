@@ -84,7 +84,7 @@ def plant_another_network(bundle: Path) -> None:
     """Put ONNX files of a network with one other threshold into a bundle, and sign them."""
     network = open_bundle(bundle).network
     first, *others = network.populations
-    other = replace(network, populations=(replace(first, threshold=first.threshold + 1), *others))
+    other = replace(network, populations=(replace(first, threshold=2 * first.threshold + 1), *others))
     for name, write in ((ONNX_FILE, write_onnx), (ONNX_STEP_FILE, write_step_onnx)):
         (bundle / name).unlink()
         write(other, bundle / name)

@@ -24,7 +24,7 @@ from pipeline.quantization import (
     fitting_scales,
     quantize,
     require_finite,
-    round_weights,
+    round_population,
     split_constant,
     threshold_mantissa,
 )
@@ -198,7 +198,7 @@ def test_the_constant_part_is_right_at_every_pixel(name: str) -> None:
     scale = fitting_scales(recipe)[recipe.populations[0].name]
     first = recipe.populations[0]
     assert first.constant is not None
-    kernel, code, bias = split_constant(first, scale, 8, recipe.input_shape)
+    kernel, code, bias = split_constant(first, scale, first.bias * scale, 8, recipe.input_shape)
     assert 1 <= code <= 255
     assert np.abs(kernel).max() <= 127
     ones = torch.ones(1, 1, *recipe.input_shape[1:], dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_the_constant_part_is_right_at_every_pixel(name: str) -> None:
     deployed = replace(recipe, populations=(silent, *recipe.populations[1:])).assemble(
         {p.name: scale if p is first else 1.0 for p in recipe.populations}
     )
-    assert np.array_equal(integer_constant(deployed), found.astype(np.int64))
+    assert np.array_equal(integer_constant(deployed), np.rint(found).astype(np.int64))
 
 
 def test_a_single_tap_carries_constant_and_bias_without_error() -> None:
@@ -224,7 +224,7 @@ def test_a_single_tap_carries_constant_and_bias_without_error() -> None:
         "p", "input", "conv", np.full((2, 1, 1, 1), 0.01), np.array([[[-3.31]], [[4.72]]]), np.array([0.6, -9.2]), 1.0,
         (2, 4, 4),
     )  # fmt: skip
-    kernel, code, bias = split_constant(real, 1000.0, 8, (1, 4, 4))
+    kernel, code, bias = split_constant(real, 1000.0, real.bias * 1000.0, 8, (1, 4, 4))
     assert kernel[:, 0, 0, 0] * code + bias == pytest.approx(1000 * np.array([-2.71, -4.48]))
     assert 0 < np.abs(bias).max() <= code
 
@@ -234,7 +234,7 @@ def test_a_constant_too_large_for_any_code_is_refused() -> None:
         "p", "input", "conv", np.ones((1, 1, 1, 1)), np.full((1, 1, 1), 9.0), np.zeros(1), 1.0, (1, 4, 4)
     )
     with pytest.raises(RuleViolations, match="constant input has 8 bits"):
-        split_constant(real, 1e4, 8, (1, 4, 4))
+        split_constant(real, 1e4, real.bias * 1e4, 8, (1, 4, 4))
 
 
 @pytest.mark.parametrize(("threshold", "scale"), [(0.5, 10.0), (0.51, 100.0), (3.0, 7.0), (0.04, 1.0)])
@@ -249,10 +249,10 @@ def test_the_strict_mantissa_is_the_threshold_less_one(threshold: float, scale: 
 def test_weights_beyond_the_width_are_clipped_not_wrapped() -> None:
     weight = np.array([[-9.0, -0.5, 0.24, 0.26, 9.0]])
     conv = RealPopulation("p", "x", "conv", weight.reshape(1, 5, 1, 1), None, np.zeros(1), 1.0, (1, 1, 1))
-    assert round_weights(conv, 2.0, 4).ravel().tolist() == [-8, -1, 0, 1, 7]
+    assert round_population(conv, 2.0, 4, None)[0].ravel().tolist() == [-8, -1, 0, 1, 7]
     dense = RealPopulation("p", "x", "dense", weight, None, np.zeros(1), 1.0, (1,))
     assert EXPONENT["dense"] == 1
-    assert round_weights(dense, 4.0, 4).ravel().tolist() == [-16, -2, 0, 2, 14]
+    assert round_population(dense, 4.0, 4, None)[0].ravel().tolist() == [-16, -2, 0, 2, 14]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
