@@ -243,12 +243,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list[dict[str, str]]) -> None:
-    from pipeline.run import Run, check_run
+    from pipeline.run import Run, check_run, sole_user
 
     _use_threads(threads)
-    work = Run(config, folder, _command())
-    timings = work.ensure(fresh=not resume)
-    _conclude(check_run(work, timings, missing), folder)
+    with sole_user(folder):
+        work = Run(config, folder, _command())
+        timings = work.ensure(fresh=not resume)
+        result = check_run(work, timings, missing)
+    _conclude(result, folder)
 
 
 def _use_threads(threads: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
@@ -359,6 +361,24 @@ STAGES: Mapping[str, Stage] = {
         Stage("export", tuple(Config.model_fields), ("finetune", "quantize"), export_bundle, "bundle"),
     )
 }
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder; the lock dies with the process.
+
+    Raises:
+        SpikeguardError: if another run is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SpikeguardError(
+                f"another run is at work in {folder}; wait for it, or choose another --out"
+            ) from error
+        yield
 
 
 def require_runtimes(config: Config) -> None:

@@ -22,7 +22,7 @@ def compare_with_natural(
 ) -> dict[str, Any]:
     """Accuracies of both, clean and under ``ATTACK``, as ``baseline`` of ``report.json``."""
     row: dict[str, Any] = {
-        "description": f"the same network and pipeline without attacks in training, under {ATTACK.name} crafted on it",
+        "description": f"Attack: {ATTACK.name}, crafted on each network.",
         "samples": len(images.labels),
     }
     with track("natural and robust", 2 * len(images.labels)) as advance:

@@ -360,3 +360,14 @@ def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
     with pytest.raises(SpikeguardError, match=r"3\.10"):
         run_module.require_runtimes(wanted)
     assert without_lava(reduced) == (reduced, [])
+
+
+def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path: Path) -> None:
+    with (
+        run_module.sole_user(tmp_path),
+        pytest.raises(SpikeguardError, match="another run is at work"),
+        run_module.sole_user(tmp_path),
+    ):
+        pass
+    with run_module.sole_user(tmp_path):
+        pass
