@@ -1,7 +1,7 @@
 """Surrogate gradients: what stands in for the derivative of the spike, as a table.
 
 Every gradient rule maps z, the distance of the membrane to its threshold in real units, to ds/dz; ``RATE`` replaces
-the whole way back through a neuron (METHOD: Özdenizci & Legenstein, TMLR 2024, ensemble members 1 to 18).
+the whole way back through a neuron (Özdenizci & Legenstein, TMLR 2024, ensemble members 1 to 18).
 """
 
 from __future__ import annotations

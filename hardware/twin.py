@@ -10,7 +10,7 @@ surrogate at the distance to the threshold in real units, so that it means the s
     z = (v / 64 - threshold - 1/2) / scale
 
 The reset is not detached. Two more ways to a gradient: backward through the firing rate (``RATE`` as a rule), and
-a static network that stands in for the spiking one (``Twin.proxy``) (METHOD: Özdenizci & Legenstein, TMLR 2024).
+a static network that stands in for the spiking one (``Twin.proxy``) (Özdenizci & Legenstein, TMLR 2024).
 """
 
 from __future__ import annotations

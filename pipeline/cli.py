@@ -32,6 +32,7 @@ app = typer.Typer(
 out = Console()
 errors = Console(stderr=True)
 ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
+MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")]
@@ -181,6 +182,29 @@ def verify(path: BundlePath) -> None:
         errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
         raise typer.Exit(FAIL)
     out.print("[green]OK[/green] every file leaves the golden traces")
+
+
+@app.command()
+def serve(
+    path: BundlePath,
+    runtime: Annotated[str, typer.Option(help="reference, emulator, lava, netx or onnxruntime")] = "emulator",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Answer the Open Inference Protocol (JSON) over HTTP, once the golden traces are verified; needs no torch."""
+    try:
+        import uvicorn
+
+        from hardware.server.app import create_app
+    except ModuleNotFoundError as error:
+        raise SpikeguardError(f"serving needs {error.name}; install spikeguard with its extra 'serve'") from error
+    from hardware.formats.bundle import open_bundle
+    from hardware.runtimes.opening import open_runtime
+
+    bundle = open_bundle(path)
+    server = create_app(bundle, open_runtime(runtime, bundle))
+    out.print(f"{escape(str(path))} on {runtime}: http://{host}:{port}/v2/models/model", soft_wrap=True)
+    uvicorn.run(server, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
 
 
 @app.command()

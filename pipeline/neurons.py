@@ -1,6 +1,6 @@
 """The spiking neuron of the method: integrate-and-fire, reset to zero, one trainable threshold per layer.
 
-With ``z = u - threshold`` (METHOD: Özdenizci & Legenstein, TMLR 2024)::
+With ``z = u - threshold`` (Özdenizci & Legenstein, TMLR 2024)::
 
     u_t = beta v_{t-1} + x_t        s_t = [u_t >= threshold]        v_t = u_t (1 - s_t)
 

@@ -46,7 +46,7 @@ def pgd_images(
 
 
 def rfgsm_images(model: nn.Module, images: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
-    """RFGSM on the KL divergence (METHOD, fine-tuning)::
+    """RFGSM on the KL divergence (Özdenizci & Legenstein, TMLR 2024)::
 
         x0 = clip(x + a sign(n)), n ~ N(0, I);   x' = clip(x + clip_e(x0 + (e - a) sign(grad KL(p(x) || p(x0))) - x))
 

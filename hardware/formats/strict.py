@@ -10,6 +10,7 @@ from hardware.errors import RuleViolations, Violation
 
 Model = TypeVar("Model", bound="StrictModel")
 MAX_SHOWN = 60
+REMEDY = "export it again with the tool that made it"
 
 
 class StrictModel(BaseModel):
@@ -18,13 +19,14 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def parse_strict(model: type[Model], content: bytes | str, subject: str) -> Model:
+def parse_strict(model: type[Model], content: bytes | str, subject: str, remedy: str = REMEDY) -> Model:
     """Parse JSON into ``model``.
 
     Args:
         model: what the JSON must be.
         content: JSON text, already limited in size.
         subject: what is parsed, for the message.
+        remedy: the way out, for the message.
 
     Raises:
         RuleViolations: one row per field that is missing, unknown, of the wrong type or out of range.
@@ -38,7 +40,7 @@ def parse_strict(model: type[Model], content: bytes | str, subject: str) -> Mode
                 rule=problem["type"].replace("_", " "),
                 actual=_shorten(repr(problem.get("input"))),
                 limit=problem["msg"],
-                remedy="export it again with the tool that made it",
+                remedy=remedy,
             )
             for problem in error.errors(include_url=False)
         ]

@@ -1,6 +1,6 @@
 """Alarms: signs that an attack failed because gradients were masked, not because the model is robust.
 
-Each is a value with its limit (METHOD: traps in attacking spiking networks; Carlini et al., arXiv 1902.06705).
+Each is a value with its limit (Carlini et al., arXiv 1902.06705).
 """
 
 from __future__ import annotations

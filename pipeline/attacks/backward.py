@@ -1,7 +1,7 @@
 """How gradients flow back through spikes: the rows of every ensemble, as data.
 
 The forward pass is the true model for all of them; only the conversion rules also run a proxy, and only to
-differentiate it (METHOD: Özdenizci & Legenstein, TMLR 2024, section on the adversarial ensemble).
+differentiate it (Özdenizci & Legenstein, TMLR 2024, section on the adversarial ensemble).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Arrays are ``(steps, neurons)``, the neurons of all samples in a row; an input o
 step has one step only. Nothing is kept from the forward pass: the backward kernels integrate the currents again,
 which costs less than writing membranes and reading them back.
 
-With g the surrogate at ``z = u - threshold`` (METHOD: Özdenizci & Legenstein, TMLR 2024)::
+With g the surrogate at ``z = u - threshold`` (Özdenizci & Legenstein, TMLR 2024)::
 
     u_t = v_{t-1} + x_t        s_t = [u_t >= threshold]        v_t = u_t (1 - s_t)
     ds/du = g                  dv/du = (1 - s) - u g

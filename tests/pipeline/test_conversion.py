@@ -78,7 +78,7 @@ def test_the_percentile_is_the_kth_smallest_value(percentile: float, size: int) 
 
 
 def restated_thresholds(ann: RateNetwork, images: list[Tensor]) -> list[float]:
-    """METHOD, section 5, for the network "conv": every layer by hand, batch norm from the mini-batch."""
+    """The method's calibration for the network "conv": every layer by hand, batch norm from the mini-batch."""
     state = ann.state_dict()
 
     def norm(values: Tensor, name: str) -> Tensor:

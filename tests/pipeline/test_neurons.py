@@ -36,7 +36,7 @@ class Spike(torch.autograd.Function):
 
 
 def restated(current: Tensor, threshold: Tensor, steps: int, surrogate: Surrogate) -> Tensor:
-    """METHOD, section 4, one line per equation."""
+    """The method's neuron, one line per equation."""
     v = torch.zeros_like(current[0])
     spikes = []
     for t in range(steps):
