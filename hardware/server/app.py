@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import metadata
-from itertools import chain
+from itertools import chain, islice
 from math import prod
 from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.formats.bundle import Bundle
-from hardware.formats.strict import StrictModel, parse_strict
+from hardware.formats.strict import MAX_SHOWN, StrictModel, parse_strict
 from hardware.network import IntegerNetwork, Shape
 from hardware.runtimes.protocol import Runtime
 from hardware.trace import Trace, compare_traces
@@ -39,30 +39,43 @@ REMEDY = "send what GET /v2/models/NAME describes"
 Count = Annotated[int, Field(ge=1)]
 
 
-class InputTensor(StrictModel):
+class RequestModel(StrictModel):
+    """A strict record that names unknown fields in one error: one each, for a body full of them, takes gigabytes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _has_no_other_fields(self) -> Self:
+        if self.model_extra:
+            some = ", ".join(repr(field[:MAX_SHOWN]) for field in islice(self.model_extra, MAX_PROBLEMS))
+            raise ValueError(f"there are {len(self.model_extra)} unknown fields, among them {some}")
+        return self
+
+
+class InputTensor(RequestModel):
     """The images: uint8 codes ``shape``, nested like ``shape`` or flat in C order."""
 
     name: Literal["image"]
     datatype: Literal["UINT8"]
     shape: Annotated[list[Count], Field(min_length=1, max_length=4, fail_fast=True)]
     data: list[JsonValue]
-    parameters: dict[str, JsonValue] = {}
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class RequestedOutput(StrictModel):
+class RequestedOutput(RequestModel):
     """An output the client wants; the protocol's parameters concern extensions that are not offered here."""
 
     name: Literal["readout", "class", "logits"]
-    parameters: dict[str, JsonValue] = {}
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class InferenceRequest(StrictModel):
+class InferenceRequest(RequestModel):
     """Body of an inference request; without ``outputs``, all of them are answered."""
 
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1, fail_fast=True)]
-    outputs: Annotated[list[RequestedOutput], Field(max_length=3, fail_fast=True)] = []
+    outputs: Annotated[tuple[RequestedOutput, ...], Field(max_length=3, fail_fast=True)] = ()
     id: str | None = None
-    parameters: dict[str, JsonValue] = {}
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 def create_app(bundle: Bundle, runtime: Runtime, name: str = "model") -> Starlette:
@@ -88,9 +101,9 @@ def create_app(bundle: Bundle, runtime: Runtime, name: str = "model") -> Starlet
             except SpikeguardError as error:
                 raise HTTPException(400, _sentence(error)) from error
             tensors = _outputs(network, runtime.run(images).readouts)
-            wanted = [output.name for output in request.outputs] or list(tensors)
+            wanted: list[str] = [output.name for output in request.outputs]
             identity = {} if request.id is None else {"id": request.id}
-            return {"model_name": name, **identity, "outputs": [tensors[output] for output in wanted]}
+            return {"model_name": name, **identity, "outputs": [tensors[output] for output in wanted or tensors]}
 
     def known(request: Request) -> None:
         if request.path_params["name"] != name:

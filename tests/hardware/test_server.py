@@ -35,8 +35,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def client(bundle: Bundle) -> Iterator[TestClient]:
-    yield TestClient(create_app(bundle, EmulatorRuntime(bundle.network)), raise_server_exceptions=False)
+def client(bundle: Bundle) -> TestClient:
+    return TestClient(create_app(bundle, EmulatorRuntime(bundle.network)), raise_server_exceptions=False)
 
 
 def images(bundle: Bundle, samples: int = 5) -> NDArray[np.uint8]:
@@ -126,6 +126,7 @@ def malformed(codes: NDArray[np.uint8], max_code: int) -> dict[str, object]:
         "empty inputs": {"inputs": []},
         "two inputs": {"inputs": [good, good]},
         "unknown output": {"inputs": [good], "outputs": [{"name": "spikes"}]},
+        "many unknown fields": {"inputs": [good], **{f"field {i}": 1 for i in range(10_000)}},
         "id is a number": {"inputs": [good], "id": 7},
         "a list": [],
         "nothing": b"",
@@ -194,7 +195,7 @@ def test_a_runtime_that_leaves_other_readouts_is_not_served(bundle: Bundle) -> N
     runtime = Broken(bundle.network)
     create_app(bundle, runtime)
     runtime.wrong = True
-    with pytest.raises(SpikeguardError, match="1 of .* golden readouts"):
+    with pytest.raises(SpikeguardError, match=r"1 of .* golden readouts"):
         create_app(bundle, runtime)
 
 

@@ -58,7 +58,7 @@ class Replace(torch.autograd.Function):
 
 
 def restated(network: SpikingNetwork, images: Tensor, rules: Mapping[str, SpikeRule]) -> Tensor:
-    """The method's neuron and surrogates, layer by layer and step by step, batch norm and all; autograd does the rest."""
+    """The method's neuron and surrogates, layer by layer, step by step, batch norm and all; autograd does the rest."""
     activity = [images] * network.steps
     for name, module in network.layers.items():
         if not isinstance(module, IntegrateAndFire):
