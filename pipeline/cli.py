@@ -32,6 +32,7 @@ app = typer.Typer(
 out = Console()
 errors = Console(stderr=True)
 ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
+UNBROKEN = 15  # columns no wider than this keep their words whole on a narrow terminal
 MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
@@ -163,12 +164,11 @@ def verify(path: BundlePath) -> None:
     from hardware.formats.verify import verify_bundle
 
     rows = verify_bundle(open_bundle(path))
-    columns = ("file", "reader", "version", "samples", "spikes", "membranes", "readouts", "seconds")
+    columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s")
     cells = [
         (
             row.file,
             row.reader,
-            row.version,
             row.samples,
             _count(row.mismatched_spikes),
             _count(row.mismatched_membranes),
@@ -339,15 +339,17 @@ def _show_files(bundle: Bundle) -> None:
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(title=escape(title), title_justify="left", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+    cells = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        widest = max((len(row[index]) for row in cells), default=0)
+        table.add_column(column, overflow="fold", no_wrap=widest <= UNBROKEN)
+    for row in cells:
+        table.add_row(*(escape(cell) for cell in row))
     return table
 
 
 def _count(mismatches: int | None) -> str:
-    return "not exposed" if mismatches is None else str(mismatches)
+    return "–" if mismatches is None else str(mismatches)
 
 
 def _command() -> str:
