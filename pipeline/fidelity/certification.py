@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -36,21 +37,26 @@ class Selection:
 
 def select_subset(images: Images, crafted: Mapping[str, Crafted], count: int) -> Selection:
     """``count`` adversarial images, those that fooled their target first and all attacks in turn, then clean ones."""
-    pools = [np.concatenate([np.flatnonzero(c.fooled), np.flatnonzero(~c.fooled)]) for c in crafted.values()]
-    order = [
-        (attack, int(pool[row]))
-        for row in range(len(images.labels))
-        for attack, pool in zip(crafted.values(), pools, strict=True)
-    ][:count]
-    adversarial = [attack.codes[index] for attack, index in order]
+    sought = [made for made in crafted.values() if is_sought(made)]
+    ordered = []
+    for successful in (True, False):
+        queues = [[made.codes[row] for row in np.flatnonzero(made.fooled == successful)] for made in sought]
+        ordered += [codes for turn in zip_longest(*queues) for codes in turn if codes is not None]
+    adversarial = ordered[:count]
     clean = images.codes[:count]
     return Selection(np.concatenate([np.stack(adversarial), clean]), len(adversarial))
 
 
 def select_everything(images: Images, crafted: Mapping[str, Crafted]) -> Selection:
-    """All crafted images and all clean ones."""
-    adversarial = np.concatenate([attack.codes for attack in crafted.values()])
-    return Selection(np.concatenate([adversarial, images.codes]), len(adversarial))
+    """All images that were sought by an attack, then noisy and clean ones."""
+    sought = [made.codes for made in crafted.values() if is_sought(made)]
+    others = [made.codes for made in crafted.values() if not is_sought(made)]
+    return Selection(np.concatenate([*sought, *others, images.codes]), sum(len(codes) for codes in sought))
+
+
+def is_sought(crafted: Crafted) -> bool:
+    """Whether a model was asked for the images; noise is no adversary."""
+    return crafted.gradients > 0
 
 
 def certify(

@@ -150,6 +150,7 @@ class Attack:
         label: what it is, with ``{settings}`` to fill in.
         description: one line for the report.
         craft: makes the images.
+        is_ensemble: whether the configured ensemble makes them, member after member.
         in_worst_case: whether its images count in the worst case; not if it favours one model.
     """
 
@@ -158,11 +159,12 @@ class Attack:
     label: str
     description: str
     craft: Craft
+    is_ensemble: bool = False
     in_worst_case: bool = True
 
     def work_units(self, samples: int, settings: FidelityConfig) -> int:
         """Units of progress."""
-        return samples * (len(PRESETS[settings.attacks]) if "ensemble" in self.label else 1)
+        return samples * (len(PRESETS[settings.attacks]) if self.is_ensemble else 1)
 
 
 DISAGREEMENT_STEPS = 40
@@ -174,6 +176,7 @@ ATTACKS: tuple[Attack, ...] = (
         "{attacks} ensemble on the float SNN",
         "crafted on the reference, replayed on the deployed model",
         craft_ensemble("float"),
+        is_ensemble=True,
     ),
     Attack(
         "adaptive",
@@ -181,6 +184,7 @@ ATTACKS: tuple[Attack, ...] = (
         "{attacks} ensemble through the twin",
         "crafted on the deployed integer model through its differentiable twin",
         craft_ensemble("integer"),
+        is_ensemble=True,
     ),
     Attack(
         "black box, float",

@@ -64,8 +64,17 @@ def test_adversarial_images_come_first_and_the_successful_ones_before_all() -> N
     assert selection.adversarial == 5
     assert len(selection.codes) == 10
     shown = [(int(codes[0, 7, 7]), int(codes[0, 0, 0])) for codes in selection.codes[:5]]
-    assert shown == [(100, 3), (200, 0), (100, 7), (200, 1), (100, 0)]
+    assert shown == [(100, 3), (100, 7), (100, 0), (200, 0), (100, 1)]
     assert np.array_equal(selection.codes[5:], CODES[:5])
+
+
+def test_noise_counts_as_an_image_but_not_as_an_adversary() -> None:
+    noise = replace(crafted([], 50), gradients=0)
+    selection = select_subset(IMAGES, {"noise": noise, **CRAFTED}, 1000)
+    assert selection.adversarial == 20
+    assert not (selection.codes[:20] == 50).any()
+    everything = select_everything(IMAGES, {"noise": noise, **CRAFTED})
+    assert (everything.adversarial, len(everything.codes)) == (20, 40)
 
 
 def test_asking_for_more_images_than_there_are_gives_all() -> None:
