@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardware.network import DECAY_UNITY, IntegerNetwork, Synapse
 from hardware.targets.loihi2 import (
+    CORE,
     MAX_DENSE_WEIGHT,
     MIN_DENSE_WEIGHT,
-    NEURONS_PER_CORE,
+    NEURON_BYTES,
     biases_fit_13_bits,
     decays_fit_12_bits,
     membranes_reset_to_zero,
@@ -62,8 +64,9 @@ def netx_keeps_dense_weights(network: IntegerNetwork) -> Iterator[Breach]:
             yield Breach(synapse.name, f"{smallest}..{largest}", limit, remedy)
 
 
+# Both simulate the chip, so a network is placed as it would be there.
 LAVA = Target(
-    "lava processes",
+    "lava",
     (
         populations_form_a_chain,
         membranes_reset_to_zero,
@@ -73,9 +76,11 @@ LAVA = Target(
         readout_only_integrates,
         dense_weights_are_8_bit_mantissas_with_one_exponent,
     ),
-    NEURONS_PER_CORE,
+    neuron_bytes=NEURON_BYTES,
+    smallest_weight_bits=1,
+    core=CORE,
 )
-NETX = Target("lava-dl netx", (*LAVA.rules, netx_keeps_dense_weights), NEURONS_PER_CORE)
+NETX = replace(LAVA, name="netx", rules=(*LAVA.rules, netx_keeps_dense_weights))
 
 
 def dense_weight_exponent(weight: NDArray[np.int32]) -> int | None:

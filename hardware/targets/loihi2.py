@@ -1,7 +1,18 @@
-"""Loihi 2: the limits of its fixed-point neurons and synapses, as Lava simulates them.
+"""Loihi 2: the limits of its fixed-point neurons and synapses, and of its cores, as far as they are public.
 
 Lava does not enforce these widths; a network that breaks them runs there and is wrong on the chip, or wraps
 without a word in the simulation. So they are checked before anything is written.
+
+Sources. [Lava]: the precisions that lava-nc 0.10.0 declares for its fixed-point LIF (``lava/proc/lif/models.py``),
+and what it keeps of a dense weight (``lava/utils/weightutils.py``).
+[Brief]: Intel, "Taking Neuromorphic Computing to the Next Level with Loihi 2", technology brief, 2021. [Hala]: Intel,
+"Intel Builds World's Largest Neuromorphic System", April 2024.
+
+Not public, and therefore no rules here: axons in and out of a core, entries of its routing tables, its program
+memory, and how far the encoding of synapses inflates or compresses them. (Of the first Loihi they are: 4,096 axons
+in, 4,096 out, 128 KB of synapses, 1,024 neurons; Davies et al., IEEE Micro 38(1), 2018.) The 120 million synapses per
+chip of [Brief] are what its memory holds at best, which the rules on memory already say. Graded spikes carry up to
+32 bits [Brief], and input codes have 8, so that needs no rule either.
 """
 
 from __future__ import annotations
@@ -9,19 +20,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hardware.bounds import WRAP_LIMIT, current_bounds, readout_bounds, readout_cannot_saturate, synaptic_bounds
-from hardware.network import DECAY_UNITY, STATE_LIMIT, IntegerNetwork
-from hardware.targets.rules import Breach, Target, check
+from hardware.network import STATE_LIMIT, IntegerNetwork
+from hardware.targets.rules import Breach, Core, Target, check, minimum_cores
 
 MAX_VTH_MANTISSA = 2**17 - 1
+"""The threshold mantissa has 17 bits [Lava]."""
 MAX_BIAS = 4095
-"""A 13-bit mantissa with exponent 6, so that a bias counts in weight units."""
+"""A mantissa of 13 bits with exponent 6 of 3 bits [Lava], so that a bias counts in weight units."""
 WEIGHT_BITS = 8
+"""[Lava]"""
 MIN_DENSE_WEIGHT, MAX_DENSE_WEIGHT = -256, 254
-"""Mixed-sign dense weights lose their lowest bit: only even ones exist."""
+"""Mixed-sign dense weights lose their lowest bit: only even ones exist [Lava]."""
 MIN_WEIGHT_MANTISSA, MAX_WEIGHT_MANTISSA = -(2 ** (WEIGHT_BITS - 1)), 2 ** (WEIGHT_BITS - 1) - 1
-DECAY_BITS = 12
+MAX_DECAY = 2**12 - 1
+"""Both decays have 12 bits [Lava]."""
+NEURON_BYTES = 8
+"""Current and membrane of 24 bits each, a bias of 13 and its exponent of 3 [Lava]."""
 NEURONS_PER_CORE = 8192
-CORES = 128
+"""A million neurons on the 128 cores of a chip [Brief]; 1.15 billion on 140,544 cores [Hala]."""
+MEMORY_PER_CORE = 192 * 1024
+"""192 KB, divided as the network needs it [Brief]."""
+CORES_PER_CHIP = 128
+"""[Brief]"""
+CORES_OF_LARGEST_SYSTEM = 140_544
+"""On 1,152 chips [Hala]."""
+CORE = Core(NEURONS_PER_CORE, MEMORY_PER_CORE, CORES_PER_CHIP)
 
 __all__ = ["LOIHI2", "MAX_BIAS", "MAX_VTH_MANTISSA", "check"]
 
@@ -76,9 +99,9 @@ def decays_fit_12_bits(network: IntegerNetwork) -> Iterator[Breach]:
     """The current keeps (4095 - du) / 4096 and the membrane (4096 - dv) / 4096, du and dv in 0..4095."""
     for p in network.populations:
         if p.current_decay < 1:
-            yield Breach(p.name, "current decay 0", f"1..{DECAY_UNITY}", "let the current decay")
-        if p.voltage_decay > DECAY_UNITY - 1:
-            limit = f"0..{DECAY_UNITY - 1}"
+            yield Breach(p.name, "current decay 0", f"1..{MAX_DECAY + 1}", "let the current decay")
+        if p.voltage_decay > MAX_DECAY:
+            limit = f"0..{MAX_DECAY}"
             yield Breach(p.name, f"voltage decay {p.voltage_decay}", limit, "let the membrane keep a share")
 
 
@@ -101,11 +124,21 @@ def readout_sum_fits_the_membrane(network: IntegerNetwork) -> Iterator[Breach]:
         yield Breach(network.readout.name, f"{low}..{high}", limit, "lower the readout's scale, or run fewer steps")
 
 
-def neurons_fit_one_chip(network: IntegerNetwork) -> Iterator[Breach]:
-    """Cores hold a fixed number of neurons, and populations are not split over chips here."""
-    cores = sum(-(-p.size // NEURONS_PER_CORE) for p in network.populations)
-    if cores > CORES:
-        yield Breach("network", f"{cores} cores", f"{CORES} cores", "use a smaller network")
+def fan_in_fits_one_core(network: IntegerNetwork) -> Iterator[Breach]:
+    """A neuron lives on one core, with all its weights; a convolution's channel shares one set of them."""
+    room = MEMORY_PER_CORE - NEURON_BYTES
+    for p in network.populations:
+        needed = sum(-(-(s.weight.size // len(s.weight)) * s.bits // 8) for s in network.incoming(p.name))
+        if needed > room:
+            remedy = "read fewer neurons, or quantise to fewer bits"
+            yield Breach(p.name, f"{needed} bytes of weights per neuron", f"at most {room}", remedy)
+
+
+def cores_fit_the_largest_system(network: IntegerNetwork) -> Iterator[Breach]:
+    """Chips form one mesh, but none larger than this has been built."""
+    cores = sum(minimum_cores(network, p, LOIHI2) or 0 for p in network.populations)
+    if cores > CORES_OF_LARGEST_SYSTEM:
+        yield Breach("network", f"{cores} cores", f"{CORES_OF_LARGEST_SYSTEM} cores", "use a smaller network")
 
 
 LOIHI2 = Target(
@@ -119,7 +152,10 @@ LOIHI2 = Target(
         decays_fit_12_bits,
         synaptic_sums_cannot_wrap,
         readout_sum_fits_the_membrane,
-        neurons_fit_one_chip,
+        fan_in_fits_one_core,
+        cores_fit_the_largest_system,
     ),
-    NEURONS_PER_CORE,
+    neuron_bytes=NEURON_BYTES,
+    smallest_weight_bits=1,
+    core=CORE,
 )

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hardware.bounds import prove
 from hardware.emulator import run_emulator
 from hardware.formats.bundle import Bundle
+from hardware.targets.energy import count_operations, estimate_energy
 from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import count_activity, placement
+from hardware.trace import Trace
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, correct, to_images
 from pipeline.config import FidelityConfig
@@ -119,7 +122,6 @@ def run_check(
     verdict, outcome, summary = conclude(arms, runtimes, health, settings)
     sample = images.codes[: max(settings.certify, 100)]
     trace = run_emulator(bundle.network, sample, record="traces")
-    activity = count_activity(bundle.network, trace)
     _, layers = float_network.record(to_images(sample))
     bits = sorted({synapse.bits for synapse in bundle.network.synapses})
     report = {
@@ -146,11 +148,7 @@ def run_check(
         "quantization": [dict(row) for row in circumstances.quantization],
         "proofs": [asdict(row) for row in prove(bundle.network)],
         "placement": _placement_row(bundle),
-        "energy": {
-            "spikes_per_image": activity.spikes_per_image,
-            "synaptic_operations_per_image": activity.synaptic_operations_per_image,
-            "note": f"measured on {len(sample)} clean images; no energy per operation is assumed",
-        },
+        "energy": _energy_row(bundle, sample, trace),
         "timings": timings,
         "versions": versions(),
         "reproduce": circumstances.reproduce,
@@ -246,16 +244,41 @@ def _placement_row(bundle: Bundle) -> dict[str, Any]:
         "neurons": placed.neurons,
         "synapses": placed.connections,
         "weight_bytes": placed.weight_bytes,
+        "memory_bytes": placed.memory_bytes,
         "minimum_cores": placed.minimum_cores,
+        "minimum_chips": placed.minimum_chips,
         "populations": [
             {
                 "name": row.population,
                 "neurons": row.neurons,
                 "synapses": row.connections,
+                "fan_in": row.fan_in,
+                "fan_out": row.fan_out,
+                "axons_in": row.axons_in,
+                "axons_out": row.axons_out,
                 "weight_bytes": row.weight_bytes,
+                "state_bytes": row.state_bytes,
+                "minimum_cores": row.minimum_cores,
             }
             for row in placed.populations
         ],
+    }
+
+
+def _energy_row(bundle: Bundle, sample: NDArray[np.uint8], trace: Trace) -> dict[str, Any]:
+    activity = count_activity(bundle.network, trace)
+    operations = count_operations(bundle.network, sample, trace)
+    return {
+        "spikes_per_image": activity.spikes_per_image,
+        "synaptic_operations_per_image": activity.synaptic_operations_per_image,
+        "input_operations_per_image": operations.input,
+        "neuron_updates_per_image": operations.updates,
+        "estimates": [
+            {"name": row.name, "least_nj": row.nanojoules[0], "most_nj": row.nanojoules[1], "source": row.source}
+            for row in estimate_energy(operations)
+        ],
+        "note": f"spikes and operations are counted on {len(sample)} clean images; energies are estimates from "
+        "published costs per operation, not measurements",
     }
 
 

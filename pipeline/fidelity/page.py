@@ -139,6 +139,7 @@ def _require_complete(report: Mapping[str, Any]) -> None:
 def _tables(report: Mapping[str, Any]) -> dict[str, Table | None]:
     """Every table; None where the report has no rows for it."""
     health, placement = report.get("gradient_health") or {}, report.get("placement") or {}
+    energy = report.get("energy") or {}
     sources: dict[str, tuple[str, Sequence[tables.Column], Sequence[tables.Row] | None]] = {
         "arms": ("Accuracy under attack, arm by arm, with 95 % intervals", tables.ARMS, report["arms"]),
         "runtimes": ("Runtimes against the reference arithmetic", tables.RUNTIMES, report["runtimes"]),
@@ -147,6 +148,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Table | None]:
         "proofs": ("What interval arithmetic proves for every possible image", tables.PROOFS, report.get("proofs")),
         "health": ("Would the attacks have worked, had the network been weak?", tables.HEALTH, health.get("checks")),
         "placement": ("Size on the target", tables.PLACEMENT, placement.get("populations")),
+        "energy": ("Energy of one image, estimated and not measured", tables.ENERGY, energy.get("estimates")),
         "timings": ("Time by stage", tables.TIMINGS, tables.named_rows(report.get("timings") or {})),
         "versions": ("Software", tables.VERSIONS, tables.named_rows(report.get("versions") or {})),
     }  # fmt: skip

@@ -148,6 +148,11 @@ def _saturation(row: Row) -> str:
     )
 
 
+def _nanojoules(row: Row) -> str:
+    least, most = (number(_three_digits(row.get(key))) for key in ("least_nj", "most_nj"))
+    return least if least == most else f"{least} to {most}"
+
+
 def _health(row: Row) -> str:
     return badge("pass", "fine") if row.get("passed") else badge("fail", "alarm")
 
@@ -206,7 +211,15 @@ PLACEMENT = (
     Column("Population", _plain("name"), numeric=False),
     Column("Neurons", lambda row: count(row.get("neurons"))),
     Column("Synapses", lambda row: count(row.get("synapses"))),
+    Column("Fan-in", lambda row: count(row.get("fan_in"))),
+    Column("Fan-out", lambda row: count(row.get("fan_out"))),
     Column("Weights, bytes", lambda row: count(row.get("weight_bytes"))),
+    Column("Cores, at least", lambda row: count(row.get("minimum_cores"))),
+)
+ENERGY = (
+    Column("Estimate for", _plain("name"), numeric=False),
+    Column("Nanojoules per image", _nanojoules),
+    Column("Costs per operation from", _plain("source"), numeric=False),
 )
 TIMINGS = (
     Column("Stage", _plain("name"), numeric=False),

@@ -139,7 +139,12 @@ def full_report() -> dict[str, Any]:
             "populations": [{"name": n, "neurons": 256, "synapses": 9216, "weight_bytes": 9216} for n in layers],
         },
         "energy": {"spikes_per_image": 1234.5, "synaptic_operations_per_image": 45678.9,
-                   "note": "measured on 100 clean images; no energy per operation is assumed"},
+                   "input_operations_per_image": 6789.0,
+                   "estimates": [
+                       {"name": "a chip", "least_nj": 1234.56, "most_nj": 2345678.9, "source": "a paper & table 2"},
+                       {"name": "another", "least_nj": 0.98765, "most_nj": 0.98765, "source": "another paper"},
+                   ],
+                   "note": "counted on 100 clean images; energies are estimates"},
         "timings": {"train": 83.2, "finetune": 41.0, "attacks": 62.5, "certification": 9.1, "judgement": 0.42},
         "versions": {"python": "3.11.2", "torch": "2.13.0", "numpy": "2.4.6", "onnxruntime": "1.32.0"},
         "reproduce": "spikeguard fidelity runs/demo/bundle --runtime reference,emulator,lava,netx,onnxruntime --seed 0",
@@ -270,6 +275,16 @@ def test_numbers_appear_with_intervals_and_counts() -> None:
     text = Page(render_report(full_report(), [])).text
     for expected in ("83.5 %", "81.5 to 85.0 %", "540", "−1.37", "5 / 3", "not exposed", "image 12, step 3, neuron 45"):
         assert expected in text
+
+
+def test_energies_are_shown_to_three_digits_with_their_sources_as_estimates() -> None:
+    text = Page(render_report(full_report(), [])).text
+    assert "a chip 1,230 to 2,350,000 a paper & table 2 another 0.988 another paper" in text
+    assert "estimated and not measured" in text
+    assert "Input operations per image 6,789" in text
+    older = full_report()
+    older["energy"] = {name: older["energy"][name] for name in ("spikes_per_image", "synaptic_operations_per_image")}
+    assert "estimated and not measured" not in Page(render_report(older, [])).text
 
 
 def test_samples_to_decide_and_the_meaning_of_the_outcome_are_said() -> None:
