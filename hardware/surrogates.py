@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hardware.errors import SpikeguardError
+from hardware.surrogate_kernels import NOT_SEEN, adapt
 
 
 def _triangle(z: Tensor, width: float) -> Tensor:
@@ -143,6 +144,30 @@ class AdaptiveSurrogate:
         """How tables call it."""
         return f"adaptive {self.share:g}"
 
+    @property
+    def half_width(self) -> float:
+        """w / 2, which all slopes are proportional to."""
+        return math.tan(math.pi * self.share) / math.pi
+
+    def running_means(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """M and D, to be moved in place; made in the first call. Below 0, M has not seen its neuron.
+
+        Args:
+            like: of the shape, type and order in memory of z; its values are not read.
+
+        Raises:
+            SpikeguardError: if its shape is not that of the first call.
+        """
+        if self._mean is None or self._deviation is None:
+            self._mean = torch.full_like(like, NOT_SEEN if self.warm_start else 1)
+            self._deviation = torch.zeros_like(like)
+        if self._mean.shape != like.shape:
+            raise SpikeguardError(
+                f"the adaptive surrogate follows neurons {tuple(self._mean.shape)} and was given {tuple(like.shape)}; "
+                "make a new one for each layer and each attack run"
+            )
+        return self._mean, self._deviation
+
     @torch.no_grad()
     def gradient(self, z: Tensor) -> Tensor:
         """ds/dz at every z ``(steps, samples, ...)``, after one more iteration of M and D.
@@ -150,17 +175,27 @@ class AdaptiveSurrogate:
         Raises:
             SpikeguardError: if z has another shape than in the first call.
         """
-        if self._mean is None or self._deviation is None:
-            self._mean = z.abs() if self.warm_start else torch.ones_like(z)
-            self._deviation = torch.zeros_like(z)
-        if self._mean.shape != z.shape:
-            raise SpikeguardError(
-                f"the adaptive surrogate follows neurons {tuple(self._mean.shape)} and was given {tuple(z.shape)}; "
-                "make a new one for each layer and each attack run"
-            )
-        distance = z.abs()
-        self._mean.lerp_(distance, 0.1)
-        self._deviation.lerp_(distance.sub_(self._mean).abs_(), 0.1)
-        width = torch.add(self._mean, self._deviation, alpha=1.5).add_(1e-4)
-        half_slope = width.reciprocal_().mul_(math.tan(math.pi * self.share) / math.pi)
-        return half_slope / (half_slope * z).mul_(math.pi).square_().add_(1)
+        mean, deviation = self.running_means(z)
+        if z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64):
+            return _adapt_compiled(z, self.half_width, mean, deviation)
+        return adapt_in_torch(z, self.half_width, mean, deviation)
+
+
+def _adapt_compiled(z: Tensor, half_width: float, mean: Tensor, deviation: Tensor) -> Tensor:
+    slopes = torch.empty_like(mean)
+    # Layers have their channels last in memory; all arrays are walked in the order of M's.
+    order = sorted(range(mean.ndim), key=mean.stride, reverse=True)
+    distances = z.detach().permute(order).reshape(-1).numpy()
+    moved = (values.permute(order).view(-1).numpy() for values in (mean, deviation, slopes))
+    adapt(distances, distances.dtype.type(half_width), *moved)
+    return slopes
+
+
+def adapt_in_torch(z: Tensor, half_width: float, mean: Tensor, deviation: Tensor) -> Tensor:
+    """:func:`hardware.surrogate_kernels.adapt` for devices and types that are not compiled for."""
+    distance = z.abs()
+    mean.copy_(torch.where(mean < 0, distance, mean)).lerp_(distance, 0.1)
+    deviation.lerp_(distance.sub_(mean).abs_(), 0.1)
+    width = torch.add(mean, deviation, alpha=1.5).add_(1e-4)
+    half_slope = width.reciprocal_().mul_(half_width)
+    return half_slope / (half_slope * z).mul_(math.pi).square_().add_(1)

@@ -1,8 +1,8 @@
 """The differentiable twin: the reference's arithmetic in torch, with surrogate gradients to the pixels.
 
-Forward it gives the reference's integers, bit for bit: in float32 where the bounds prove that float32 holds
-every intermediate value, else in float64, whose 53 bits hold the products of the decays as well. Weights and
-biases are kept in state units; a power of two costs no precision.
+Forward it gives the reference's integers, bit for bit: sums and states of a population are float32 where the bounds
+prove that float32 holds every intermediate value, else float64, whose 53 bits hold the products of the decays as
+well. Weights and biases are kept in state units; a power of two costs no precision.
 
 Backward, rounding, truncation and saturation pass gradients on unchanged, and the spike has the gradient of a
 surrogate at the distance to the threshold in real units, so that it means the same as in the float model::
@@ -11,13 +11,15 @@ surrogate at the distance to the threshold in real units, so that it means the s
 
 The reset is not detached. Two more ways to a gradient: backward through the firing rate (``RATE`` as a rule), and
 a static network that stands in for the spiking one (``Twin.proxy``) (Özdenizci & Legenstein, TMLR 2024).
+
+Images go through in groups so small that the activity of a layer stays in the cache; a group runs all steps of a
+population before the next one. What is the same at every step is computed once.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,22 +28,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hardware.bounds import prove
+from hardware.bounds import FLOAT32_INTEGERS, prove, synaptic_magnitudes
 from hardware.errors import RuleViolations, SpikeguardError, Violation
-from hardware.network import (
-    DECAY_UNITY,
-    FRACTION_BITS,
-    INPUT,
-    STATE_LIMIT,
-    IntArray,
-    IntegerNetwork,
-    Population,
-    Synapse,
-)
-from hardware.surrogates import TRIANGLE, GradientRule, Rate, SpikeRule
+from hardware.network import DECAY_UNITY, INPUT, IntArray, IntegerNetwork, Population, Synapse
+from hardware.surrogates import TRIANGLE, SpikeRule
 from hardware.trace import PopulationTrace, Trace
+from hardware.twin_convolutions import exact_convolution, phase_weights
+from hardware.twin_neurons import STATE_UNITS, HeldAndStepped, Neurons, is_compiled, membranes, spikes
 
-STATE_UNITS = 2**FRACTION_BITS
+# A group of images, at all steps: no more activity in a layer than the cache holds, but rows enough that the calls
+# and the reading of weights do not outweigh the work (measured).
+GROUP_BYTES = 2**23
+GROUP_ROWS = 128
 Rules = SpikeRule | Mapping[str, SpikeRule]
 """One for all populations, or by name of the spiking population."""
 
@@ -49,39 +47,55 @@ Rules = SpikeRule | Mapping[str, SpikeRule]
 class Twin(nn.Module):
     """An integer network as a torch module without parameters, for white-box attacks on what is deployed.
 
+    Activity has shape ``(steps or 1, samples, *shape)`` and lies in memory with the channels last.
+
     Args:
         network: what is deployed.
-        surrogate: gradient of the spikes where a call names none. A rule is given z as ``(steps, samples, *shape)``.
+        surrogate: gradient of the spikes where a call names none. A rule is given z as ``(steps, samples, *shape)``,
+            once per population and backward pass.
     """
 
     def __init__(self, network: IntegerNetwork, surrogate: Rules = TRIANGLE) -> None:
         super().__init__()
         self.network = network
         self.surrogate = surrogate
-        proofs = prove(network)
-        self._exact_dtype = torch.float32 if all(row.exact_in_float32 for row in proofs) else torch.float64
-        self._saturates = {row.population: row.can_saturate for row in proofs}
-        for index, synapse in enumerate(network.synapses):
-            weight = torch.from_numpy(synapse.weight).to(self._exact_dtype) * STATE_UNITS
-            if synapse.source == INPUT:
-                weight, constant = self._split_constant_channels(synapse, weight)
-                self.register_buffer(f"constant_{index}", constant)
-            self.register_buffer(f"weight_{index}", weight)
+        self._needed: dict[str, torch.dtype] = {}
+        sums, states = _exact_types(network)
         for population in network.populations:
-            bias = torch.from_numpy(population.bias).to(self._exact_dtype) * STATE_UNITS
-            self.register_buffer(f"bias_{population.name}", bias)
+            name = population.name
+            bias = torch.from_numpy(population.bias) * STATE_UNITS
+            constant = torch.zeros_like(bias)
+            for index, synapse in self._incoming(population):
+                weight = torch.from_numpy(synapse.weight).to(sums[name]) * STATE_UNITS
+                if synapse.source == INPUT:
+                    weight, added = self._split_constant_channels(synapse, weight)
+                    constant = constant + added.to(torch.int64)
+                if synapse.kind == "dense":
+                    weight = _columns_as_in_memory(weight, self._source_shape(synapse))
+                else:
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+                    self.register_buffer(f"phases_{index}", phase_weights(weight, synapse.stride))
+                self._keep(f"weight_{index}", weight, sums[name])
+            self._keep(f"bias_{name}", _channels_last(bias), states[name])
+            self._keep(f"constant_{name}", _channels_last(constant), states[name])
+        self._largest_layer = max(population.size for population in network.populations)
+
+    def _keep(self, name: str, values: Tensor, dtype: torch.dtype) -> None:
+        self.register_buffer(name, values.to(dtype))
+        self._needed[name] = dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in.
+        """The widest type it computes in.
 
         Raises:
             SpikeguardError: if the module was converted to a type that does not hold its integers.
         """
-        dtype = self._bias(self.network.readout).dtype
-        if torch.finfo(dtype).eps > torch.finfo(self._exact_dtype).eps:
-            raise SpikeguardError(f"{dtype} does not hold this network's integers; keep {self._exact_dtype}")
-        return dtype
+        types = [(self.get_buffer(name).dtype, needed) for name, needed in self._needed.items()]
+        for dtype, needed in types:
+            if torch.finfo(dtype).eps > torch.finfo(needed).eps:
+                raise SpikeguardError(f"{dtype} does not hold this network's integers; keep {needed}")
+        return min((dtype for dtype, _ in types), key=lambda dtype: torch.finfo(dtype).eps)
 
     def with_surrogate(self, surrogate: Rules) -> Twin:
         """The same twin with other gradients; it shares the buffers."""
@@ -103,8 +117,14 @@ class Twin(nn.Module):
         Raises:
             SpikeguardError: if the images have another shape or leave [0, 1].
         """
-        readouts = self._readouts(self._codes(images), self.surrogate if rules is None else rules).to(torch.float64)
-        return (readouts / (self.network.steps * self.network.readout.scale)).to(torch.float32)
+        by_name = self._rules_by_name(self.surrogate if rules is None else rules)
+        codes = self._codes(images)
+        readouts, first = [], 0
+        for part in codes.split(self._group(codes, by_name)):
+            readouts.append(self._readouts(part, self._neurons(by_name, first, len(codes))))
+            first += len(part)
+        scaled = torch.cat(readouts).to(torch.float64) / (self.network.steps * self.network.readout.scale)
+        return scaled.to(torch.float32)
 
     def proxy(self, images: Tensor, clipped: bool) -> Tensor:
         """Logits of the static network that conversion would start from (ensemble members 19 and 20).
@@ -135,9 +155,10 @@ class Twin(nn.Module):
 
     def _drive(self, population: Population, activity: Mapping[str, Tensor]) -> Tensor:
         """Input of a single step with bias in real units, ``(1, samples, *shape)``."""
-        held, stepped = self._sums(population, activity)
-        total = held[None] + self._bias(population)
-        drive: Tensor = (total if stepped is None else total + stepped) / (STATE_UNITS * population.scale)
+        held, _ = self._sums(population, activity)
+        assert held is not None
+        total = held + self._constant(population) + self._bias(population)
+        drive: Tensor = total[None] / (STATE_UNITS * population.scale)
         return drive
 
     def _require_no_leak(self) -> None:
@@ -167,9 +188,14 @@ class Twin(nn.Module):
         """
         self.network.input.present(codes, self.network.steps)
         presented = torch.from_numpy(codes.astype(np.int64)).to(self._bias(self.network.readout).device, self.dtype)
-        populations: dict[str, PopulationTrace] = {}
-        readouts = self._readouts(presented, self.surrogate, populations)
-        return Trace(readouts.to(torch.int64).cpu().numpy(), populations)
+        neurons = self._neurons(self._rules_by_name(self.surrogate), 0, len(codes))
+        activity = self._activity(presented, neurons)
+        recorded = {
+            population.name: _record(neurons[population.name], self._sums(population, activity))
+            for population in self.network.populations
+        }
+        readouts = self._summed_over_steps(self.network.readout, activity)
+        return Trace(readouts.to(torch.int64).cpu().numpy(), recorded)
 
     def _codes(self, images: Tensor) -> Tensor:
         """Codes ``(samples, [steps,] *shape)`` of images, in the twin's type."""
@@ -185,65 +211,82 @@ class Twin(nn.Module):
             raise SpikeguardError("images must lie in [0, 1]; clip them first")
         return codes
 
-    def _readouts(self, codes: Tensor, rules: Rules, recorded: dict[str, PopulationTrace] | None = None) -> Tensor:
-        """Integer sums over the steps, ``(samples, classes)``; fills ``recorded`` where given."""
-        changing = codes.ndim == len(self.network.input.shape) + 2
-        # (steps, samples, *shape), or a single leading step where nothing changes over time.
-        activity = {INPUT: codes.transpose(0, 1) if changing else codes[None]}
-        for population in self.network.populations:
-            if not population.spiking and recorded is None:
-                break
-            rule = _rule(rules, population)
-            neuron = _Neuron(population, self.network.steps, self._saturates[population.name], rule)
-            sums = (*self._sums(population, activity), self._bias(population))
-            if recorded is not None:
-                recorded[population.name] = _record(neuron, *sums)
-            if population.spiking:
-                spikes: Tensor = _Spikes.apply(neuron, *sums)  # type: ignore[no-untyped-call]
-                activity[population.name] = spikes
-        readouts: Tensor = self._summed_over_steps(self.network.readout, activity) / STATE_UNITS
-        return readouts
+    def _group(self, codes: Tensor, rules: Mapping[str, SpikeRule]) -> int:
+        """Samples that go through together: all on other devices, and for rules that are to see all."""
+        to_see_all = torch.is_grad_enabled() and not all(is_compiled(rule) for rule in rules.values())
+        if codes.device.type != "cpu" or to_see_all:
+            return max(1, len(codes))
+        bytes_per_row = self._largest_layer * codes.element_size()
+        return max(1, max(GROUP_ROWS, GROUP_BYTES // bytes_per_row) // self.network.steps)
 
-    def _sums(self, population: Population, activity: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _rules_by_name(self, rules: Rules) -> Mapping[str, SpikeRule]:
+        names = [population.name for population in self.network.populations if population.spiking]
+        if not isinstance(rules, Mapping):
+            return dict.fromkeys(names, rules)
+        missing = [name for name in names if name not in rules]
+        if missing:
+            raise SpikeguardError(f"no gradient rule for {', '.join(missing)}; give every spiking population one")
+        return {name: rules[name] for name in names}
+
+    def _neurons(self, rules: Mapping[str, SpikeRule], first_sample: int, samples: int) -> dict[str, Neurons]:
+        """All populations, for a group of samples."""
+        steps = self.network.steps
+        return {
+            p.name: Neurons(
+                p, steps, rules.get(p.name, TRIANGLE), self._constant(p), self._bias(p), first_sample, samples
+            )
+            for p in self.network.populations
+        }
+
+    def _readouts(self, codes: Tensor, neurons: Mapping[str, Neurons]) -> Tensor:
+        """Integer sums over the steps, ``(samples, classes)``."""
+        return self._summed_over_steps(self.network.readout, self._activity(codes, neurons))
+
+    def _activity(self, codes: Tensor, neurons: Mapping[str, Neurons]) -> dict[str, Tensor]:
+        """Codes and spikes by source, with a single leading step where nothing changes over time."""
+        changing = codes.ndim == len(self.network.input.shape) + 2
+        activity = {INPUT: codes.transpose(0, 1) if changing else codes[None]}
+        for population in self.network.populations[:-1]:
+            activity[population.name] = spikes(neurons[population.name], self._sums(population, activity))
+        return activity
+
+    def _sums(self, population: Population, activity: Mapping[str, Tensor]) -> HeldAndStepped:
         """Sums held at every step ``(samples, *shape)`` and those that change ``(steps, samples, *shape)``."""
-        samples = activity[INPUT].shape[1]
-        held = self._bias(population).new_zeros(samples, *population.shape)
+        held: Tensor | None = None
         stepped: Tensor | None = None
         for index, synapse in self._incoming(population):
             source = activity[synapse.source]
             total = self._propagate(index, synapse, source.flatten(0, 1))
-            if synapse.source == INPUT:
-                held = held + self.get_buffer(f"constant_{index}")
-            if synapse.source == INPUT and len(source) != self.network.steps:
-                held = held + total
+            if len(source) == 1:
+                held = total if held is None else held + total
             else:
-                total = total.reshape(-1, samples, *population.shape)
+                total = total.reshape(*source.shape[:2], *population.shape)
                 stepped = total if stepped is None else stepped + total
         return held, stepped
 
     def _summed_over_steps(self, population: Population, activity: Mapping[str, Tensor]) -> Tensor:
-        """Sums over all steps with bias; adding the sources up first gives the same integer."""
+        """Integer sums over all steps with bias, ``(samples, size)``; adding the sources up first gives the same."""
         steps = self.network.steps
-        total = steps * self._bias(population)[None]
+        total = steps * (self._constant(population) + self._bias(population))[None]
         for index, synapse in self._incoming(population):
             source = activity[synapse.source]
-            if synapse.source == INPUT:
-                total = total + steps * self.get_buffer(f"constant_{index}")
             repeats = steps if len(source) == 1 else 1
             total = total + self._propagate(index, synapse, source.sum(0) * repeats)
-        return total
+        return total.flatten(1) / STATE_UNITS
 
     def _propagate(self, index: int, synapse: Synapse, activity: Tensor) -> Tensor:
-        """Weighted sums ``(rows, *source_shape)`` -> ``(rows, *target_shape)``."""
+        """Weighted sums ``(rows, *source_shape)`` -> ``(rows, *target_shape)``, of the type of the weights."""
         weight = self.get_buffer(f"weight_{index}")
+        activity = activity.to(weight.dtype)
         if synapse.kind == "dense":
-            return F.linear(activity.flatten(1), weight)
-        return exact_convolution(activity, weight, synapse.stride, synapse.padding)
+            return F.linear(activity.movedim(1, -1).flatten(1), weight)
+        phases: Tensor | None = getattr(self, f"phases_{index}")
+        return exact_convolution(activity, weight, synapse.stride, synapse.padding, phases)
 
     def _split_constant_channels(self, synapse: Synapse, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of the image's own channels, and what the constant channels add at every step."""
         spec = self.network.input
-        presented = torch.zeros(1, *spec.presented_shape, dtype=self._exact_dtype)
+        presented = torch.zeros(1, *spec.presented_shape, dtype=weight.dtype)
         for channel, code in enumerate(spec.constant_codes, start=spec.shape[0]):
             presented[:, channel] = code
         channels = weight.reshape(len(weight), spec.presented_shape[0], -1)[:, : spec.shape[0]]
@@ -255,99 +298,48 @@ class Twin(nn.Module):
     def _incoming(self, population: Population) -> list[tuple[int, Synapse]]:
         return [(i, s) for i, s in enumerate(self.network.synapses) if s.target == population.name]
 
+    def _source_shape(self, synapse: Synapse) -> tuple[int, ...]:
+        """Shape of the activity that ``synapse`` reads; constant channels are no part of it."""
+        return self.network.input.shape if synapse.source == INPUT else self.network.source_shape(synapse)
+
     def _bias(self, population: Population) -> Tensor:
         return self.get_buffer(f"bias_{population.name}")
 
-
-def _rule(rules: Rules, population: Population) -> SpikeRule:
-    if isinstance(rules, Mapping):
-        return rules[population.name] if population.spiking else TRIANGLE
-    return rules
+    def _constant(self, population: Population) -> Tensor:
+        return self.get_buffer(f"constant_{population.name}")
 
 
-def exact_convolution(activity: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Cross-correlation that only multiplies and adds.
-
-    Fast algorithms (Winograd, FFT) transform with fractions and are not exact on integers. oneDNN on the CPU
-    uses the direct one; NNPACK would not, and on a GPU it is a matrix product, for the choice is not ours.
-    """
-    if activity.is_cuda:
-        return unfolded_convolution(activity, weight, stride, padding)
-    with torch.backends.nnpack.flags(enabled=False):
-        return F.conv2d(activity, weight, stride=stride, padding=padding)
-
-
-def unfolded_convolution(activity: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Cross-correlation as one matrix product over unfolded patches."""
-    rows, _, height, _ = activity.shape
-    columns = F.unfold(activity, weight.shape[2:], stride=stride, padding=padding)
-    out_height = (height + 2 * padding - weight.shape[2]) // stride + 1
-    sums: Tensor = weight.flatten(1) @ columns
-    return sums.reshape(rows, len(weight), out_height, -1)
+def _exact_types(network: IntegerNetwork) -> tuple[dict[str, torch.dtype], dict[str, torch.dtype]]:
+    """By population, types that hold its sums in any order and its states exactly; the readout's hold its total."""
+    magnitudes = synaptic_magnitudes(network)
+    sums, states = {}, {}
+    for population, row in zip(network.populations, prove(network), strict=True):
+        fits = int((magnitudes[population.name] + np.abs(population.bias)).max()) < FLOAT32_INTEGERS
+        states[population.name] = torch.float32 if row.exact_in_float32 else torch.float64
+        sums[population.name] = torch.float32 if fits and population.spiking else states[population.name]
+    return sums, states
 
 
-@dataclass(frozen=True)
-class _Neuron:
-    """A population's dynamics over T steps; states are tensors ``(samples, *shape)`` in state units.
-
-    Attributes:
-        saturates: whether a membrane can be clipped, as far as is proven.
-    """
-
-    population: Population
-    steps: int
-    saturates: bool
-    rule: SpikeRule
-
-    @property
-    def threshold(self) -> int:
-        """State units; a readout has one that no membrane passes."""
-        return self.population.threshold * STATE_UNITS if self.population.spiking else STATE_LIMIT
-
-    def simulate(self, held: Tensor, stepped: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Membranes before reset, and 0/1 spikes, both ``(steps, samples, *shape)``."""
-        before = held.new_empty(self.steps, *held.shape)
-        spikes = torch.empty_like(before)
-        current = membrane = torch.zeros_like(held)
-        held_with_bias = held + bias
-        for t in range(self.steps):
-            if self.population.is_leaky:
-                current = _decayed(current, self.population.current_decay) + held
-                if stepped is not None:
-                    current = current + stepped[t]
-                membrane = _decayed(membrane, self.population.voltage_decay) + current
-                torch.add(membrane, bias, out=before[t])
-            else:
-                torch.add(membrane, held_with_bias, out=before[t])
-                if stepped is not None:
-                    before[t].add_(stepped[t])
-            if self.saturates:
-                before[t].clamp_(-STATE_LIMIT, STATE_LIMIT)
-            torch.gt(before[t], self.threshold, out=spikes[t])
-            membrane = self.reset(before[t], spikes[t])
-        return before, spikes
-
-    def reset(self, before: Tensor, spikes: Tensor) -> Tensor:
-        """Membranes after reset."""
-        if self.population.reset == "zero":
-            return torch.addcmul(before, before, spikes, value=-1)
-        return torch.sub(before, spikes, alpha=self.threshold)
+def _columns_as_in_memory(weight: Tensor, source_shape: tuple[int, ...]) -> Tensor:
+    """Dense weights ``(out, in)`` for a source that is read with its channels last."""
+    return weight.reshape(len(weight), *source_shape).movedim(1, -1).flatten(1)
 
 
-def _decayed(state: Tensor, share: int) -> Tensor:
-    return (state * (DECAY_UNITY - share) / DECAY_UNITY).trunc()
+def _channels_last(values: Tensor) -> Tensor:
+    return values.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
-def _record(neuron: _Neuron, held: Tensor, stepped: Tensor | None, bias: Tensor) -> PopulationTrace:
-    before, spikes = neuron.simulate(held, stepped, bias)
+def _record(neurons: Neurons, sums: HeldAndStepped) -> PopulationTrace:
+    before = membranes(neurons, sums)
+    fired = (before > neurons.threshold).to(before.dtype)
 
     def samples_first(values: Tensor, dtype: torch.dtype) -> NDArray[Any]:
         recorded: NDArray[Any] = values.transpose(0, 1).flatten(2).to(dtype).cpu().numpy()
         return recorded
 
     return PopulationTrace(
-        samples_first(spikes, torch.bool) if neuron.population.spiking else None,
-        samples_first(neuron.reset(before, spikes), torch.int32),
+        samples_first(fired, torch.bool) if neurons.population.spiking else None,
+        samples_first(neurons.reset(before, fired), torch.int32),
     )
 
 
@@ -361,55 +353,3 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
         return gradient
-
-
-class _Spikes(torch.autograd.Function):
-    """All steps of a population in one node, so that only the membranes before reset are kept.
-
-    Backward runs in real units. With g the surrogate at z, r the membrane before reset and v after it, c the
-    current, and k the share that a step keeps of each::
-
-        ds/dr = g    dr_t/dv_{t-1} = k_v    dr/dc = 1    dc_t/dc_{t-1} = k_c
-        dv/dr = (1 - s) - r g   (reset "zero"),    1 - threshold g / scale   (reset "subtract")
-
-    Through the rate, the input of a step gets the gradient of its spikes wherever the neuron spikes at all.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, neuron: _Neuron, held: Tensor, stepped: Tensor | None, bias: Tensor) -> Tensor:
-        before, spikes = neuron.simulate(held, stepped, bias)
-        ctx.save_for_backward(before, spikes)
-        ctx.neuron = neuron
-        return spikes
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        before, spikes = ctx.saved_tensors
-        neuron: _Neuron = ctx.neuron
-        if isinstance(neuron.rule, Rate):
-            flow = gradient * spikes.amax(0)
-        else:
-            flow = _flow_through_time(neuron, neuron.rule, gradient, before, spikes)
-        flow.div_(STATE_UNITS * neuron.population.scale)
-        _, needs_held, needs_stepped, _ = ctx.needs_input_grad
-        return None, flow.sum(0) if needs_held else None, flow if needs_stepped else None, None
-
-
-def _flow_through_time(neuron: _Neuron, rule: GradientRule, gradient: Tensor, before: Tensor, spikes: Tensor) -> Tensor:
-    """Gradient at the input of every step in real units, from that at the spikes."""
-    population = neuron.population
-    real = before / (STATE_UNITS * population.scale)
-    slope = rule.gradient(real - (population.threshold + 0.5) / population.scale)
-    if population.reset == "zero":
-        through_reset = real.mul_(slope).add_(spikes).neg_().add_(1)
-    else:
-        through_reset = slope * (-population.threshold / population.scale) + 1
-    membrane_share = 1 - population.voltage_decay / DECAY_UNITY
-    current_share = 1 - population.current_decay / DECAY_UNITY
-    flow = gradient * slope
-    for t in range(neuron.steps - 2, -1, -1):
-        flow[t].addcmul_(flow[t + 1], through_reset[t], value=membrane_share)
-    if current_share:
-        for t in range(neuron.steps - 2, -1, -1):
-            flow[t].add_(flow[t + 1], alpha=current_share)
-    return flow

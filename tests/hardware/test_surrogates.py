@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hardware.errors import SpikeguardError
-from hardware.surrogates import ENSEMBLE, RULES, AdaptiveSurrogate, Surrogate
+from hardware.surrogate_kernels import RULE_IDS, differentiate
+from hardware.surrogates import ENSEMBLE, RULES, AdaptiveSurrogate, Surrogate, adapt_in_torch
 
 POINTS = [-3.0, -1.0, -0.6, -0.25, 0.0, 0.25, 0.6, 1.0, 3.0]
 
@@ -53,6 +54,21 @@ def test_gradients_keep_shape_and_type(rule: str, dtype: torch.dtype) -> None:
     assert bool((gradient > 0).all())
 
 
+@pytest.mark.parametrize("member", [*ENSEMBLE, Surrogate("arctan", 2.0, 0.3)], ids=lambda member: member.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_rules_are_the_rules(member: Surrogate, dtype: torch.dtype) -> None:
+    z = torch.linspace(-6, 6, 5001, dtype=dtype)
+    z = z[(z.abs() - member.width / 2).abs() > 1e-4]  # either side of a rectangle's edge is right
+    slopes = torch.empty_like(z)
+    real = z.numpy().dtype.type
+    differentiate(z.numpy(), RULE_IDS[member.rule], real(member.width), real(member.height), slopes.numpy())
+    torch.testing.assert_close(slopes, member.gradient(z), rtol=3e-6 if dtype == torch.float32 else 1e-13, atol=1e-7)
+
+
+def test_every_rule_is_compiled() -> None:
+    assert set(RULE_IDS) == set(RULES)
+
+
 def test_the_ensemble_is_the_methods_table() -> None:
     """z = 0.2 of members 1 to 17, each by its formula."""
     z = torch.tensor([0.2], dtype=torch.float64)
@@ -81,6 +97,43 @@ class TestAdaptiveSurrogate:
                 expected = alpha / 2 / (1 + (math.pi * alpha * value / 2) ** 2)
                 assert float(slopes[neuron]) == pytest.approx(expected, rel=1e-9)
             assert torch.equal(z, before)
+
+    @pytest.mark.parametrize("warm_start", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_the_kernel_is_the_torch_form(self, warm_start: bool, dtype: torch.dtype, channels_last: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        iterations = 3 * torch.randn(8, 4, 5, 3, 6, 1, generator=generator, dtype=dtype)
+        if channels_last:
+            iterations = iterations.movedim(3, -1).contiguous().movedim(-1, 3)
+        tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+        kernel, plain = AdaptiveSurrogate(0.42, warm_start), AdaptiveSurrogate(0.42, warm_start)
+        for z in (*iterations, torch.zeros_like(iterations[0])):
+            state = plain.running_means(z)
+            expected = adapt_in_torch(z, plain.half_width, *state)
+            torch.testing.assert_close(kernel.gradient(z), expected, rtol=tolerance, atol=0)
+            for moved, kept in zip(kernel.running_means(z), state, strict=True):
+                torch.testing.assert_close(moved, kept, rtol=tolerance, atol=tolerance)
+
+    def test_the_order_in_memory_may_change_between_calls(self) -> None:
+        z = torch.randn(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(2))
+        other = z.movedim(2, -1).contiguous().movedim(-1, 2)
+        assert other.stride() != z.stride()
+        one, two = AdaptiveSurrogate(), AdaptiveSurrogate()
+        for left, right in ((z, z), (z, other), (other, z)):
+            assert torch.equal(one.gradient(left), two.gradient(right))
+
+    def test_other_types_take_the_torch_form(self) -> None:
+        z = torch.full((2, 3), 0.3, dtype=torch.bfloat16)
+        assert AdaptiveSurrogate().gradient(z).dtype == torch.bfloat16
+
+    def test_a_warm_start_knows_the_first_distance(self) -> None:
+        z = torch.tensor([[-0.7, 0.0, 2.0]], dtype=torch.float64)
+        rule = AdaptiveSurrogate(0.4, warm_start=True)
+        rule.gradient(z)
+        mean, deviation = rule.running_means(z)
+        assert torch.equal(mean, z.abs())
+        assert not deviation.any()
 
     @pytest.mark.parametrize("share", [0.25, 0.4, 0.45])
     def test_the_share_of_its_area_lies_within_the_typical_distance(self, share: float) -> None:

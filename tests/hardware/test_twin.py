@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hardware import twin as twin_module
+from hardware import twin_neurons
 from hardware.bounds import exact_in_float32
 from hardware.errors import RuleViolations, SpikeguardError
 from hardware.network import (
@@ -27,7 +30,8 @@ from hardware.network import (
 from hardware.reference import run_reference
 from hardware.surrogates import RATE, AdaptiveSurrogate, Rate, Surrogate
 from hardware.trace import compare_traces
-from hardware.twin import Rules, Twin, exact_convolution, unfolded_convolution
+from hardware.twin import Rules, Twin
+from hardware.twin_convolutions import exact_convolution, phase_weights, unfolded_convolution
 from tests.hardware.strategies import build_network, cases
 from tests.hardware.test_emulator import PLANTED_ERRORS, assert_same, conv_network
 
@@ -35,35 +39,100 @@ Case = tuple[IntegerNetwork, NDArray[np.uint8]]
 WIDE = Surrogate("exponential", 2.0)
 
 
+COMPILED = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+
+
+@COMPILED
 @settings(max_examples=120, deadline=None)
-@given(cases())
-def test_twin_equals_reference(case: Case) -> None:
+@given(case=cases())
+def test_twin_equals_reference(compiled: bool, case: Case) -> None:
     network, codes = case
     expected = run_reference(network, codes)
     twin = Twin(network)
-    assert_same(expected, twin.trace(codes))
-    logits = twin(images_of(network, codes))
+    with computed(compiled, group=2 * network.steps):
+        assert_same(expected, twin.trace(codes))
+        logits = twin(images_of(network, codes))
     assert logits.dtype == torch.float32
     assert np.array_equal(logits.numpy(), network.logits(expected.readouts).astype(np.float32))
 
 
-@pytest.mark.parametrize("rule", [WIDE, RATE], ids=lambda rule: rule.name)
-@settings(max_examples=40, deadline=None)
+@COMPILED
+@pytest.mark.parametrize("rule", [WIDE, Surrogate("arctan", 0.7, 0.3), RATE], ids=lambda rule: rule.name)
+@settings(max_examples=30, deadline=None)
 @given(case=cases())
-def test_gradients_equal_plain_autograd(rule: Surrogate | Rate, case: Case) -> None:
+def test_gradients_equal_plain_autograd(compiled: bool, rule: Surrogate | Rate, case: Case) -> None:
     """The fused backward against one operation after the other, every step in float64."""
     network, codes = case
     weights = torch.randn(len(codes), network.classes, dtype=torch.float64)
     images = images_of(network, codes).double()
     left, right = images.clone().requires_grad_(), images.clone().requires_grad_()
-    fused, plain = Twin(network).double()(left, rule), plain_logits(network, right, rule)
-    assert torch.equal(fused, plain.float())
-    (fused.double() * weights).sum().backward()
+    plain = plain_logits(network, right, rule)
+    with computed(compiled, group=2 * network.steps):
+        fused = Twin(network).double()(left, rule)
+        assert torch.equal(fused, plain.float())
+        (fused.double() * weights).sum().backward()
     (plain * weights).sum().backward()
     assert left.grad is not None
     assert right.grad is not None
     # Logits are float32, so the gradient enters the fused backward rounded to 24 bits.
     assert relative_error(left.grad, right.grad) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [WIDE, RATE], ids=lambda rule: rule.name)
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_gradients_do_not_need_the_type_of_the_states(rule: Surrogate | Rate, case: Case) -> None:
+    """Narrow sums and gradients beside wide states, against float64 throughout."""
+    network, codes = case
+    narrow, wide = image_gradient(Twin(network), codes, rule), image_gradient(Twin(network).double(), codes, rule)
+    assert relative_error(narrow, wide) < 1e-3
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+@settings(max_examples=30, deadline=None)
+@given(case=cases())
+def test_the_fused_adaptive_rule_is_the_rule_itself(warm_start: bool, case: Case) -> None:
+    """Group by group in the kernel, against ``gradient`` called with z of all samples, over three iterations."""
+    network, codes = case
+
+    class Unfused:
+        def __init__(self) -> None:
+            self.rule = AdaptiveSurrogate(0.35, warm_start)
+
+        def gradient(self, z: Tensor) -> Tensor:
+            assert z.shape[:2] == (network.steps, len(codes))
+            return self.rule.gradient(z)
+
+    names = [p.name for p in network.populations if p.spiking]
+    fused = {name: AdaptiveSurrogate(0.35, warm_start) for name in names}
+    unfused = {name: Unfused() for name in names}
+    twin = Twin(network).double()
+    for iteration in range(3):
+        moved = np.roll(codes, iteration, axis=-1)
+        with computed(compiled=True, group=2 * network.steps):
+            actual = image_gradient(twin, moved, fused)
+        assert relative_error(actual, image_gradient(twin, moved, unfused)) < 1e-9
+
+
+def test_kernels_do_not_mind_a_gradient_that_only_some_steps_have() -> None:
+    """A readout that reads two populations: the gradient at the first one's spikes is no average over time."""
+    network = conv_network()
+    first, readout = network.populations[0], network.readout
+    rng = np.random.default_rng(4)
+    second = replace(first, name="second", shape=(3,), bias=np.array([9, -4, 0]))
+    synapses = (
+        network.synapses[0],
+        Synapse(first.name, "second", "dense", rng.integers(-9, 10, (3, first.size)).astype(np.int32), 8),
+        Synapse(first.name, "out", "dense", rng.integers(-9, 10, (3, first.size)).astype(np.int32), 8),
+        Synapse("second", "out", "dense", rng.integers(-9, 10, (3, 3)).astype(np.int32), 8),
+    )
+    network = IntegerNetwork(network.input, (first, second, replace(readout, name="out")), synapses, 5)
+    codes = rng.integers(0, 16, (7, 1, 6, 6)).astype(np.uint8)
+    twin = Twin(network).double()
+    with computed(compiled=True, group=3 * network.steps):
+        fused = image_gradient(twin, codes, WIDE)
+    with computed(compiled=False, group=7 * network.steps):
+        assert relative_error(fused, image_gradient(twin, codes, WIDE)) < 1e-9
 
 
 @pytest.mark.parametrize("clipped", [False, True])
@@ -244,6 +313,55 @@ def test_sums_beyond_float32_are_exact_in_float64() -> None:
     assert int(twin.trace(codes).readouts[0, 0]) == 2 * (2**23 + 1)
 
 
+@COMPILED
+def test_sums_of_both_signs_meet_before_a_saturated_membrane(compiled: bool) -> None:
+    """Excitation and nearly as much inhibition: one alone, added to the membrane, would be rounded in float32."""
+    excitation, inhibition = 2**15 - 1, 255 * (2**15 - 1) + 3
+    silent_below_4 = Population("p0", (1,), 1, np.array([-2]), 1.0)
+    network = IntegerNetwork(
+        InputSpec((2,)),
+        (
+            silent_below_4,
+            Population("p1", (1,), 2**20, np.array([0]), 1.0),
+            Population("out", (1,), 0, np.array([0]), 1.0, spiking=False),
+        ),
+        (
+            Synapse(INPUT, "p0", "dense", np.array([[0, 1]], np.int32), 8),
+            Synapse(INPUT, "p1", "dense", np.array([[excitation, 0]], np.int32), 16),
+            Synapse("p0", "p1", "dense", np.array([[-inhibition]], np.int32), 24),
+            Synapse("p1", "out", "dense", np.array([[1]], np.int32), 8),
+        ),
+        3,
+    )
+    codes = np.array([[255, 3], [255, 4], [255, 0]], np.uint8)
+    twin = Twin(network)
+    assert twin.dtype == torch.float32
+    expected = run_reference(network, codes)
+    membranes = expected.populations["p1"].membranes
+    assert membranes is not None
+    assert membranes[0, :, 0].tolist() == [STATE_LIMIT, STATE_LIMIT - 3 * 64, STATE_LIMIT]
+    with computed(compiled, group=2 * network.steps):
+        assert_same(expected, twin.trace(codes))
+
+
+def test_only_what_needs_it_is_wide() -> None:
+    """Decays widen states, and no sums; a sum beyond 2**24 widens its own population, and no other."""
+    rng = np.random.default_rng(3)
+    leaky = build_network(rng, spatial=True, hidden=2, leaky=True, reset="zero", saturating=False, steps=4)
+    twin = Twin(leaky)
+    types = {name.partition("_")[0]: values.dtype for name, values in twin.named_buffers() if "out" not in name}
+    assert twin.get_buffer("weight_0").dtype == torch.float32
+    assert (types["bias"], types["constant"]) == (torch.float64, torch.float64)
+    wide = Twin(single_neuron(weight=2**17 - 1, readout_weight=1))
+    assert wide.get_buffer("weight_0").dtype == torch.float64
+    assert wide.get_buffer("weight_1").dtype == torch.float32
+
+
+def test_a_missing_rule_is_named() -> None:
+    with pytest.raises(SpikeguardError, match="conv"):
+        Twin(conv_network())(torch.zeros(1, 1, 6, 6), {"another": WIDE})
+
+
 @pytest.mark.parametrize("batch", [1, 5, 16, 33])
 @pytest.mark.parametrize("geometry", [(3, 1, 1), (6, 2, 2), (2, 3, 0), (5, 1, 4)])
 def test_both_convolutions_are_exact_on_integers(batch: int, geometry: tuple[int, int, int]) -> None:
@@ -254,6 +372,37 @@ def test_both_convolutions_are_exact_on_integers(batch: int, geometry: tuple[int
     expected = F.conv2d(activity.double(), weight.double(), stride=stride, padding=padding).float()
     assert torch.equal(exact_convolution(activity, weight, stride, padding), expected)
     assert torch.equal(unfolded_convolution(activity, weight, stride, padding), expected)
+
+
+@pytest.mark.parametrize("kernel", [(4, 4), (2, 6), (3, 3)])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (11, 12)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_way_back_by_phases_is_the_transposed_convolution(
+    kernel: tuple[int, int], padding: int, size: tuple[int, int], stride: int
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    activity = torch.randn(3, 5, *size, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, *kernel, generator=generator, dtype=torch.float64)
+    phases = phase_weights(weight, stride)
+    assert (phases is None) == (stride == 1 or any(k % stride for k in kernel))
+    expected = F.conv2d(activity, weight, stride=stride, padding=padding)
+    actual = exact_convolution(activity, weight, stride, padding, phases)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    (left,) = torch.autograd.grad(expected, activity, gradient)
+    (right,) = torch.autograd.grad(actual, activity, gradient)
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+@contextmanager
+def computed(compiled: bool, group: int) -> Iterator[None]:
+    """With the kernels or as on another device, and in groups of at most so many samples times steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twin_module, "GROUP_BYTES", 0)
+        patch.setattr(twin_module, "GROUP_ROWS", group)
+        if not compiled:
+            patch.setattr(twin_neurons, "_is_compiled_for", lambda _: False)
+        yield
 
 
 def images_of(network: IntegerNetwork, codes: NDArray[np.uint8]) -> Tensor:
