@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
+from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
 if TYPE_CHECKING:
     from hardware.formats.bundle import Bundle
@@ -39,6 +41,10 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folde
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder")]
 Reuse = Annotated[bool, typer.Option("--resume/--fresh", help="reuse finished stages that are still valid")]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="folder of the data set's standard files, or one that holds it"),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="of torch; more than free cores is far slower")]
 
 
@@ -58,13 +64,15 @@ def run(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="a .yaml file or the name of a preset")],
     overrides: Overrides = None,
     folder: RunFolder = None,
+    data_dir: DataFolder = None,
     resume: Reuse = True,
     threads: Threads = 1,
 ) -> None:
     """Train, convert, fine-tune, quantise, export and check what a configuration says."""
     from pipeline.run import require_runtimes
 
-    parsed = _config(config, overrides)
+    parsed = _config(config, [*(overrides or []), *_folder_override(data_dir)])
+    _require_data_folder(parsed)
     require_runtimes(parsed)
     _run(parsed, folder or Path("runs") / Path(config).stem, resume, threads, [])
 
@@ -136,6 +144,7 @@ def fidelity(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="for report.json and report.html")] = Path(
         "fidelity"
     ),
+    data_dir: DataFolder = None,
     threads: Threads = 1,
 ) -> None:
     """Attack the trained and the deployed model alike, and conclude: exit code 0 pass, 3 fail, 4 undecided."""
@@ -145,7 +154,8 @@ def fidelity(
     from pipeline.run import Run, require_runtimes, require_same_test_split, write_report
 
     bundle = open_bundle(path)
-    config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes)])
+    config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes), *_folder_override(data_dir)])
+    _require_data_folder(config)
     require_runtimes(config)
     _use_threads(threads)
     splits = Run(config, folder, "").data
@@ -182,6 +192,37 @@ def verify(path: BundlePath) -> None:
         errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
         raise typer.Exit(FAIL)
     out.print("[green]OK[/green] every file leaves the golden traces")
+
+
+@app.command()
+def check(
+    path: BundlePath,
+    target: Annotated[str, typer.Option("--target", help="loihi2, generic-int8, lava or netx")] = "loihi2",
+) -> None:
+    """List every rule of a target that a network breaks, its placement, proofs and energy: exit code 0 fits, 3 not."""
+    from hardware.targets.catalogue import TARGETS
+
+    if target not in TARGETS:
+        _usage(f"there is no target {target!r}; choose among {', '.join(TARGETS)}")
+    from hardware.bounds import prove
+    from hardware.formats.bundle import open_bundle
+    from hardware.targets import rules
+    from hardware.targets.energy import count_operations, estimate_energy
+    from pipeline.target_tables import connection_table, energy_table, placement_table, proof_table
+
+    bundle = open_bundle(path)
+    network, golden = bundle.network, bundle.golden
+    operations = count_operations(network, golden.codes, golden.trace)
+    placed = rules.placement(network, TARGETS[target])
+    energies = energy_table(estimate_energy(operations), len(golden.codes))
+    for table in (connection_table(placed), placement_table(placed), proof_table(prove(network)), energies):
+        out.print(_table(*table))
+    violations = rules.check(network, TARGETS[target])
+    if violations:
+        out.print(_table(f"broken rules of {target}", VIOLATION_COLUMNS, violation_rows(violations)))
+        errors.print(f"[red]FAIL[/red] the network breaks {len(violations)} rule(s) of {target}", highlight=False)
+        raise typer.Exit(FAIL)
+    out.print(f"[green]OK[/green] the network fits {target}", highlight=False)
 
 
 @app.command()
@@ -249,8 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except RuleViolations as error:
         errors.print(f"[red]error:[/red] {escape(error.subject)}", highlight=False, soft_wrap=True)
-        rows = ((v.object, v.rule, v.actual, v.limit, v.remedy) for v in error.violations)
-        errors.print(_table("", ("what", "rule", "has", "allowed", "remedy"), rows))
+        errors.print(_table("", VIOLATION_COLUMNS, violation_rows(error.violations)))
         sys.exit(ERROR)
     except SpikeguardError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -305,6 +345,22 @@ def _config_of(bundle: Bundle, overrides: list[str]) -> Config:
 
 def _runtime_override(runtimes: list[str] | None) -> list[str]:
     return [f"fidelity.runtimes=[{', '.join(runtimes)}]"] if runtimes else []
+
+
+def _folder_override(folder: Path | None) -> list[str]:
+    # Overrides are YAML, which reads JSON's text as it is meant.
+    return [] if folder is None else [f"data.dir={json.dumps(str(folder), ensure_ascii=False)}"]
+
+
+def _require_data_folder(config: Config) -> None:
+    """Refuse as wrong usage, before any work, a configuration that does not say where its files lie."""
+    from pipeline.data.loading import needs_folder, require_folder
+
+    if needs_folder(config.data.name):
+        try:
+            require_folder(config.data)
+        except SpikeguardError as error:
+            _usage(str(error))
 
 
 def _conclude(result: CheckResult, folder: Path) -> None:

@@ -17,8 +17,13 @@ from hardware.files import MIB, read_bytes
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Averaging = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=0)]
 MAX_DEPTH = 16
 RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
+DataName = Literal["digits", "npz", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet"]
+WITHOUT_FOLDER = ("digits", "npz")
 
 
 class _Section(BaseModel):
@@ -28,30 +33,59 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """What is learned, and how it is split."""
 
-    name: Literal["digits", "npz"] = Field(
-        default="digits", description="digits ship with scikit-learn; npz is your own file"
+    name: DataName = Field(
+        default="digits",
+        description="digits ship with scikit-learn, npz is your own file, the others are folders of standard files",
     )
     path: str | None = Field(default=None, description="of the .npz with images (uint8, N x C x H x W) and labels")
+    dir: str | None = Field(default=None, description="folder of the standard files, or one that holds it")
+    train: Count | None = Field(default=None, description="images to train on; all that the other parts leave")
     validation: Count = Field(default=180, description="images for every selection")
-    test: Count = Field(default=540, description="images the fidelity check may touch")
+    test: Count = Field(
+        default=540, description="images the fidelity check may touch, of the official test split where there is one"
+    )
 
     @model_validator(mode="after")
-    def _path_goes_with_npz(self) -> DataConfig:
+    def _files_go_with_their_data_set(self) -> DataConfig:
         if (self.name == "npz") != (self.path is not None):
-            raise ValueError("path is given exactly when name is npz")
+            raise ValueError("path is given exactly when name is npz (--set data.path=FILE.npz)")
+        if self.dir is not None and self.name in WITHOUT_FOLDER:
+            raise ValueError(f"dir (--data-dir) is given for a folder of standard files only, {self.name} has none")
         return self
+
+
+class ComputeConfig(_Section):
+    """Where, and how precisely, networks are trained."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU if there is one")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of convolutions and matrix products in training; all else is float32"
+    )
 
 
 class TrainingConfig(_Section):
     """The ANN stage."""
 
-    objective: Literal["natural", "pgd-at"] = "pgd-at"
+    objective: Literal["natural", "pgd-at", "trades", "mart"] = "pgd-at"
+    beta: NotNegative | None = Field(
+        default=None, description="weight of the KL term of trades (6 unless given) and mart (4 unless given)"
+    )
     epsilon: UnitInterval = 0.1
-    attack_steps: Count = 7
+    attack_steps: Count = Field(default=10, description="gradients per adversarial image, of 2.5 epsilon / steps each")
     epochs: Count = 40
     batch_size: Count = 64
     learning_rate: Positive = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: NotNegative = 5e-4
+    crop_padding: Pixels = Field(default=0, description="pixels a training image is shifted by at random")
+    flip: bool = Field(default=False, description="mirror training images left to right at random")
+    cutout: Pixels = Field(default=0, description="side of the square blacked out in training images")
+    averaging: Averaging = Field(default=0.0, description="decay per step of the average of weights; 0 for none")
+
+    @model_validator(mode="after")
+    def _beta_goes_with_a_kl_term(self) -> TrainingConfig:
+        if self.beta is not None and self.objective not in ("trades", "mart"):
+            raise ValueError(f"beta weighs the KL term of trades and mart; {self.objective} has none")
+        return self
 
 
 class ConversionConfig(_Section):
@@ -69,11 +103,19 @@ class FinetuningConfig(_Section):
 
     steps: Annotated[int, Field(ge=1, le=64)] = Field(default=8, description="T, time steps per inference")
     epsilon: UnitInterval = 0.1
-    beta: Annotated[float, Field(ge=0)] = Field(default=2.0, description="weight of the KL term")
+    beta: NotNegative = Field(default=2.0, description="weight of the KL term")
+    attack_steps: Count = Field(default=1, description="gradients per adversarial image; 1 is RFGSM, more are PGD")
+    surrogates: Literal["training", "ensemble"] = Field(
+        default="training", description="of the inner attack: the one that trains, or one of many drawn per batch"
+    )
+    decay_thresholds: bool = Field(default=False, description="weight decay on thresholds too, as in the paper")
     epochs: Count = 10
     batch_size: Count = 64
     learning_rate: Positive = 0.01
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    weight_decay: NotNegative = 1e-3
+    crop_padding: Pixels = Field(default=0, description="pixels a training image is shifted by at random")
+    flip: bool = Field(default=False, description="mirror training images left to right at random")
+    averaging: Averaging = Field(default=0.0, description="decay per step of the average of weights; 0 for none")
 
 
 class QuantizationConfig(_Section):
@@ -110,6 +152,7 @@ class Config(_Section):
         default="digits-cnn", description="digits-cnn, or package.module:function returning a torch module"
     )
     data: DataConfig = DataConfig()
+    compute: ComputeConfig = ComputeConfig()
     training: TrainingConfig = TrainingConfig()
     conversion: ConversionConfig = ConversionConfig()
     finetuning: FinetuningConfig = FinetuningConfig()

@@ -1,78 +1,45 @@
-"""Training objectives and the adversarial examples they train on, as pure functions."""
+"""Training objectives as pure functions of a model and a mini-batch.
+
+In the formulas f are the logits, p = softmax(f), x' the adversarial image of x. Adversarial images are made in eval
+mode, the loss is taken in train mode, and gradients pass through every branch of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LossOfLogits = Callable[[Tensor], Tensor]
+from hardware.surrogates import Surrogate
+from pipeline.inner_attacks import (
+    Model,
+    kl_divergence,
+    kl_divergences,
+    mart_images,
+    pgd_images,
+    rfgsm_images,
+    trades_images,
+)
+
 Objective = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
-
-
-def kl_divergence(clean_logits: Tensor, other_logits: Tensor) -> Tensor:
-    """KL(p(x) || p(x')), mean over the samples."""
-    return F.kl_div(
-        F.log_softmax(other_logits, 1), F.log_softmax(clean_logits, 1), reduction="batchmean", log_target=True
-    )
-
-
-def input_gradient(model: nn.Module, images: Tensor, loss: LossOfLogits) -> Tensor:
-    """Gradient of a loss of the logits with respect to the images; parameters gather nothing."""
-    images = images.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(model(images)), images)
-    return gradient
-
-
-def pgd_images(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, steps: int, generator: torch.Generator
-) -> Tensor:
-    """PGD for training: cross-entropy, uniform start in the ball, steps of 2.5 epsilon / steps.
-
-    Args:
-        model: in eval mode while the images are made.
-        images: ``(samples, ...)`` in [0, 1].
-        epsilon: l-infinity radius in pixel units.
-    """
-    low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
-    adversarial = images + epsilon * (2 * torch.rand(images.shape, generator=generator) - 1)
-    adversarial = adversarial.clamp(low, high)
-    for _ in range(steps):
-        gradient = input_gradient(model, adversarial, lambda logits: F.cross_entropy(logits, labels))
-        adversarial = (adversarial + 2.5 * epsilon / steps * gradient.sign()).clamp(low, high)
-    return adversarial
-
-
-def rfgsm_images(model: nn.Module, images: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
-    """RFGSM on the KL divergence (Özdenizci & Legenstein, TMLR 2024)::
-
-        x0 = clip(x + a sign(n)), n ~ N(0, I);   x' = clip(x + clip_e(x0 + (e - a) sign(grad KL(p(x) || p(x0))) - x))
-
-    with a = epsilon / 2.
-    """
-    alpha = epsilon / 2
-    with torch.no_grad():
-        clean_logits = model(images)
-    noise = torch.randn(images.shape, generator=generator)
-    start = (images + alpha * noise.sign()).clamp(0, 1)
-    gradient = input_gradient(model, start, lambda logits: kl_divergence(clean_logits, logits))
-    moved = start + (epsilon - alpha) * gradient.sign()
-    return (images + (moved - images).clamp(-epsilon, epsilon)).clamp(0, 1)
+"""(model, images ``(samples, ...)``, labels ``(samples,)``, generator) to a loss; leaves the model in train mode."""
 
 
 def natural() -> Objective:
     """CE(f(x), y)."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+        model.train()
         return F.cross_entropy(model(images), labels)
 
     return loss
 
 
-def pgd_adversarial_training(epsilon: float, steps: int) -> Objective:
-    """CE(f(x'), y), x' by PGD in eval mode, the loss in train mode (Madry et al., ICLR 2018)."""
+def pgd_adversarial_training(epsilon: float, steps: int = 10) -> Objective:
+    """CE(f(x'), y), x' by :func:`~pipeline.inner_attacks.pgd_images` (Madry et al., ICLR 2018)."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         model.eval()
@@ -83,14 +50,75 @@ def pgd_adversarial_training(epsilon: float, steps: int) -> Objective:
     return loss
 
 
-def robust_finetuning(epsilon: float, beta: float) -> Objective:
-    """CE(f(x), y) + beta KL(p(x) || p(x')), x' by RFGSM in eval mode, gradients through both branches."""
+def trades(epsilon: float, steps: int = 10, beta: float = 6.0) -> Objective:
+    """CE(f(x), y) + beta KL(p(x) || p(x')), x' by :func:`~pipeline.inner_attacks.trades_images`.
+
+    Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019.
+    """
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         model.eval()
-        adversarial = rfgsm_images(model, images, epsilon, generator)
-        model.train()
-        clean_logits = model(images)
-        return F.cross_entropy(clean_logits, labels) + beta * kl_divergence(clean_logits, model(adversarial))
+        adversarial = trades_images(model, images, epsilon, steps, generator)
+        return _regularised(model, images, adversarial, labels, beta)
 
     return loss
+
+
+def mart(epsilon: float, steps: int = 10, beta: float = 4.0) -> Objective:
+    """CE(f(x'), y) - log(1.0001 - max_{k != y} p_k(x')) + beta KL(p(x) || p(x')) (1 - p_y(x)), means over the samples.
+
+    x' by :func:`~pipeline.inner_attacks.mart_images` (Wang et al., "Improving Adversarial Robustness Requires
+    Revisiting Misclassified Examples", ICLR 2020).
+    """
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        model.eval()
+        adversarial = mart_images(model, images, labels, epsilon, steps, generator)
+        model.train()
+        clean, attacked = model(images), model(adversarial)
+        is_label = F.one_hot(labels, clean.shape[1]).bool()
+        largest_wrong = attacked.softmax(1).masked_fill(is_label, 0).amax(1)
+        doubt = 1 - (clean.softmax(1) * is_label).sum(1)
+        margins: Tensor = -(1.0001 - largest_wrong).log()
+        divergences: Tensor = kl_divergences(clean, attacked) * doubt
+        return F.cross_entropy(attacked, labels) + margins.mean() + beta * divergences.mean()
+
+    return loss
+
+
+def robust_finetuning(
+    epsilon: float, beta: float = 2.0, *, attack_steps: int = 1, surrogates: Sequence[Surrogate] = ()
+) -> Objective:
+    """CE(f(x), y) + beta KL(p(x) || p(x')), x' by :func:`~pipeline.inner_attacks.rfgsm_images`.
+
+    Özdenizci & Legenstein, TMLR 2024, with one attack step through the gradient the SNN learns with. Both can be
+    changed, the gradient of the loss itself cannot.
+
+    Args:
+        epsilon: l-infinity radius in pixel units.
+        beta: weight of the KL term.
+        attack_steps: gradients per adversarial image.
+        surrogates: the inner attack of each batch goes through one of them, drawn at random, so that the SNN does not
+            learn to hide from a single one; none leaves it to the model, which then need not be spiking.
+    """
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        model.eval()
+        attacked = _through_one_of(surrogates, model, generator)
+        adversarial = rfgsm_images(attacked, images, epsilon, generator, steps=attack_steps)
+        return _regularised(model, images, adversarial, labels, beta)
+
+    return loss
+
+
+def _regularised(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
+    model.train()
+    clean = model(images)
+    return F.cross_entropy(clean, labels) + beta * kl_divergence(clean, model(adversarial))
+
+
+def _through_one_of(surrogates: Sequence[Surrogate], model: nn.Module, generator: torch.Generator) -> Model:
+    if not surrogates:
+        return model
+    drawn = torch.randint(len(surrogates), (), generator=generator, device=generator.device)
+    return partial(model, surrogate=surrogates[int(drawn)])

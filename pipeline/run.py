@@ -29,9 +29,11 @@ from hardware.formats.network_file import load_network, save_network
 from hardware.runtimes.lava import locate_lava_python
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.targets import budget_of
-from pipeline.config import Config
+from pipeline.checkpoints import Epoch
+from pipeline.config import Config, TrainingConfig
 from pipeline.conversion import calibrate, convert
-from pipeline.data import Dataset, Splits, load_digits, load_npz, split
+from pipeline.data import Dataset, Splits
+from pipeline.data.loading import load_splits
 from pipeline.fidelity.baseline import compare_with_natural
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import Images
@@ -41,11 +43,18 @@ from pipeline.models.float_file import float_files, load_float, load_rate
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
 from pipeline.models.tracing import trace_network
 from pipeline.models.zoo import NETWORKS
-from pipeline.objectives import Objective, natural, pgd_adversarial_training, robust_finetuning
+from pipeline.objectives import Objective, natural
 from pipeline.progress import console
 from pipeline.quantization import quantize
+from pipeline.recipes import (
+    augmentation_of,
+    compute_of,
+    finetuning_objective,
+    schedule_of,
+    training_objective,
+)
 from pipeline.source import source_digest
-from pipeline.training import Epoch, Schedule, fit, images_of
+from pipeline.training import Records, fit, pixels
 
 CALIBRATION_IMAGES = 256
 GOLDEN_IMAGES = 16
@@ -91,10 +100,13 @@ class Run:
     @cached_property
     def data(self) -> Splits:
         """The data set, split."""
-        settings = self.config.data
-        data = load_digits() if settings.path is None else load_npz(Path(settings.path))
-        name = settings.name if settings.path is None else Path(settings.path).stem
-        return split(name, data, settings.validation, settings.test, self.config.seed)
+        return load_splits(self.config.data, self.config.seed)
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Hash of all parts of the data."""
+        parts = (self.data.train, self.data.validation, self.data.test)
+        return hashlib.sha256("".join(map(digest_of, parts)).encode()).hexdigest()
 
     @cached_property
     def start_digest(self) -> str:
@@ -130,22 +142,43 @@ class Run:
             return float(record["seconds"])
         for left_by_a_kill in target.parent.glob(f".{target.name}.*.partial"):
             shutil.rmtree(left_by_a_kill)
+        if fresh:
+            self._remove_checkpoints(stage)
         start = time.perf_counter()
         with atomic_folder(target) as partial:
             stage.work(self, partial)
         seconds = time.perf_counter() - start
         write_json(record_path, {"key": key, "files": _files(target), "seconds": seconds})
+        self._remove_checkpoints(stage)
         return seconds
+
+    def records(self, stage: str, part: str = "") -> Records:
+        """Where a training within a stage keeps its checkpoint, until the stage is finished, and its log.
+
+        Args:
+            stage: name of the stage.
+            part: tells several trainings of one stage apart.
+        """
+        name = f"{stage}-{part}" if part else stage
+        return Records(
+            self.folder / "checkpoints" / f"{name}.safetensors",
+            self.folder / "logs" / f"{name}.csv",
+            self._key(STAGES[stage]),
+        )
+
+    def _remove_checkpoints(self, stage: Stage) -> None:
+        for path in (self.folder / "checkpoints").glob(f"*{stage.name}*"):  # half-written ones too
+            path.unlink()
 
     def _key(self, stage: Stage) -> str:
         """Hash of all that determines a stage's result: code, settings, data, the results it reads."""
-        settings = self.config.model_dump(mode="json")
+        settings = portable_settings(self.config)
         facts = {
             "stage": stage.name,
             "code": source_digest(),
             "torch": metadata.version("torch"),
             "settings": {name: settings[name] for name in ("seed", "data", *stage.sections)},
-            "data": _digest_of_data(self.data),
+            "data": self.data_digest,
             "network": self.start_digest if "network" in stage.sections else None,
             "inputs": {name: _files(self.result(name)) for name in stage.inputs},
         }
@@ -157,17 +190,17 @@ def _files(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
-def _digest_of_data(data: Splits) -> str:
-    digest = hashlib.sha256()
-    for part in (data.train, data.validation, data.test):
-        digest.update(digest_of(part).encode())
-    return digest.hexdigest()
+def portable_settings(config: Config) -> dict[str, Any]:
+    """Plain settings without where the data lie: moved data are the same data, and their bytes are hashed anyway."""
+    return config.model_dump(mode="json", exclude={"data": {"path", "dir"}})
 
 
 def digest_of(part: Dataset) -> str:
     """SHA-256 of a part of the data, labels included."""
-    shape = repr(part.codes.shape).encode()
-    return hashlib.sha256(shape + part.codes.tobytes() + part.labels.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(part.codes.shape).encode())
+    for array in (part.codes, part.labels):
+        digest.update(np.ascontiguousarray(array).data)  # without a copy: a data set may fill half the memory
+    return digest.hexdigest()
 
 
 def require_same_test_split(bundle: Bundle, test: Dataset) -> None:
@@ -225,40 +258,49 @@ def start_network(run: Run) -> RateNetwork:
 def train_network(run: Run, folder: Path) -> None:
     """Train the ANN with the configured objective."""
     settings = run.config.training
-    robust = settings.objective == "pgd-at"
-    objective = pgd_adversarial_training(settings.epsilon, settings.attack_steps) if robust else natural()
-    epsilon = settings.epsilon if robust else 0.0
-    save_network_files(folder, *_train(run, objective, settings.epochs, epsilon, f"train ANN ({settings.objective})"))
+    objective, label = training_objective(settings), f"train ANN ({settings.objective})"
+    epsilon = 0.0 if settings.objective == "natural" else settings.epsilon
+    save_network_files(folder, *_train(run, settings, objective, epsilon, label, run.records("train")))
 
 
-def _train(run: Run, objective: Objective, epochs: int, epsilon: float, label: str) -> tuple[RateNetwork, list[Epoch]]:
-    settings = run.config.training
+def _train(
+    run: Run, settings: TrainingConfig, objective: Objective, epsilon: float, label: str, records: Records
+) -> tuple[RateNetwork, list[Epoch]]:
     network = start_network(run)
     history = fit(
         network,
         objective,
         run.data.train,
         run.data.validation,
-        Schedule(epochs, settings.batch_size, settings.learning_rate, settings.weight_decay),
+        schedule_of(settings),
         epsilon=epsilon,
         seed=run.config.seed,
         label=label,
         parameter_groups=[{"params": list(network.parameters())}],
+        augment=augmentation_of(settings),
+        compute=compute_of(run.config.compute),
+        records=records,
     )
     return network, history
 
 
-def _finetune(run: Run, network: SpikingNetwork, objective: Objective, epsilon: float, label: str) -> list[Epoch]:
+def _finetune(
+    run: Run, network: SpikingNetwork, objective: Objective, epsilon: float, label: str, records: Records
+) -> list[Epoch]:
     settings = run.config.finetuning
     return finetune(
         network,
         objective,
         run.data.train,
         run.data.validation,
-        Schedule(settings.epochs, settings.batch_size, settings.learning_rate, settings.weight_decay),
+        schedule_of(settings),
         epsilon=epsilon,
         seed=run.config.seed,
         label=label,
+        decay_thresholds=settings.decay_thresholds,
+        augment=augmentation_of(settings),
+        compute=compute_of(run.config.compute),
+        records=records,
     )
 
 
@@ -291,26 +333,27 @@ def _convert(run: Run, network: RateNetwork) -> SpikingNetwork:
 
 def calibration_batches(run: Run, batches: int, batch_size: int) -> list[Tensor]:
     """Mini-batches of training images in seeded random order, as many as there are images for."""
-    images = images_of(run.data.train)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.config.seed))
-    return [images[part] for part in order.split(batch_size)[:batches]]
+    codes = torch.from_numpy(run.data.train.codes)
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(run.config.seed))
+    return [pixels(codes[part]) for part in order.split(batch_size)[:batches]]
 
 
 def finetune_network(run: Run, folder: Path) -> None:
     """Robust fine-tuning of the SNN."""
     settings = run.config.finetuning
     network = load_float(run.result("convert"))
-    objective = robust_finetuning(settings.epsilon, settings.beta)
-    history = _finetune(run, network, objective, settings.epsilon, "fine-tune SNN")
+    objective = finetuning_objective(settings)
+    history = _finetune(run, network, objective, settings.epsilon, "fine-tune SNN", run.records("finetune"))
     save_network_files(folder, network, history)
 
 
 def train_baseline(run: Run, folder: Path) -> None:
     """The same pipeline without an attack in it, to show what robust training buys."""
-    epochs = max(run.config.training.epochs // 4, 1)
-    network, _ = _train(run, natural(), epochs, 0.0, "natural ANN")
+    settings = run.config.training
+    short = settings.model_copy(update={"epochs": max(settings.epochs // 4, 1)})
+    network, _ = _train(run, short, natural(), 0.0, "natural ANN", run.records("baseline", "ann"))
     spiking = _convert(run, network)
-    history = _finetune(run, spiking, natural(), 0.0, "natural SNN")
+    history = _finetune(run, spiking, natural(), 0.0, "natural SNN", run.records("baseline", "snn"))
     save_network_files(folder, spiking, history)
 
 
@@ -318,7 +361,8 @@ def quantize_network(run: Run, folder: Path) -> None:
     """Float SNN to integer network."""
     settings = run.config
     order = np.random.default_rng(settings.seed).permutation(len(run.data.train))[:CALIBRATION_IMAGES]
-    provenance = {"config": settings.model_dump(mode="json", exclude={"fidelity"}), "data": run.data.name}
+    known = portable_settings(settings)
+    provenance = {"config": {name: known[name] for name in WITHOUT_FIDELITY}, "data": settings.data.name}
     result = quantize(
         load_float(run.result("finetune")),
         run.data.train.codes[order],
@@ -341,8 +385,8 @@ def export_bundle(run: Run, folder: Path) -> None:
         golden_codes=np.concatenate([clean, noisy]),
         float_model_files=float_files(load_float(run.result("finetune"))),
         provenance={
-            "config": run.config.model_dump(mode="json"),
-            "data": run.data.name,
+            "config": portable_settings(run.config),
+            "data": run.config.data.name,
             "test_split": digest_of(run.data.test),
         },
     )
@@ -353,10 +397,16 @@ WITHOUT_FIDELITY = tuple(name for name in Config.model_fields if name != "fideli
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("train", ("network", "training"), (), train_network, "train"),
+        Stage("train", ("network", "compute", "training"), (), train_network, "train"),
         Stage("convert", ("conversion", "finetuning"), ("train",), convert_network, "convert"),
-        Stage("finetune", ("finetuning",), ("convert",), finetune_network, "finetune"),
-        Stage("baseline", ("network", "training", "conversion", "finetuning"), (), train_baseline, "baseline"),
+        Stage("finetune", ("compute", "finetuning"), ("convert",), finetune_network, "finetune"),
+        Stage(
+            "baseline",
+            ("network", "compute", "training", "conversion", "finetuning"),
+            (),
+            train_baseline,
+            "baseline",
+        ),
         Stage("quantize", WITHOUT_FIDELITY, ("finetune",), quantize_network, "quantize"),
         Stage("export", tuple(Config.model_fields), ("finetune", "quantize"), export_bundle, "bundle"),
     )

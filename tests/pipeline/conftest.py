@@ -50,6 +50,11 @@ class SmallRun:
     finished: subprocess.CompletedProcess[str]
 
     @property
+    def data(self) -> str:
+        """The setting that says where the images are, which is in no bundle."""
+        return f"data.path={self.config.with_name('digits.npz')}"
+
+    @property
     def bundle(self) -> Path:
         return self.folder / "bundle"
 

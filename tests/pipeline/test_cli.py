@@ -21,11 +21,17 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
+from exporters.bundle import write_bundle
 from exporters.onnx import write_onnx, write_step_onnx
+from hardware.bounds import prove
 from hardware.files import sha256_of
-from hardware.formats.bundle import ONNX_FILE, ONNX_STEP_FILE, open_bundle
+from hardware.formats.bundle import NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, open_bundle
 from hardware.runtimes import lava
+from hardware.targets.catalogue import TARGETS
+from hardware.targets.loihi2 import LOIHI2
+from hardware.targets.rules import check, placement
 from pipeline import cli
+from tests.networks import random_codes, random_network
 from tests.pipeline.conftest import ROOT, SmallRun, spikeguard
 from tests.pipeline.samples import easy_data
 
@@ -91,7 +97,7 @@ def plant_another_network(bundle: Path) -> None:
     sign(bundle)
 
 
-BUNDLE_COMMANDS = ["verify", "info", "emulate", "fidelity", "export"]
+BUNDLE_COMMANDS = ["verify", "info", "check", "emulate", "fidelity", "export"]
 
 
 @pytest.mark.parametrize("command", BUNDLE_COMMANDS)
@@ -164,15 +170,16 @@ def test_a_file_of_another_network_fails_verification(call: Call, bundle: Path) 
     assert answer.says("does not mean what the bundle says")
 
 
-def test_nan_weights_are_named(call: Call, bundle: Path) -> None:
+def test_nan_weights_are_named(call: Call, small_run: SmallRun, bundle: Path) -> None:
     parameters = safetensors.torch.load_file(bundle / "snn.safetensors")
     parameters["layers.linear1.weight"][0, 0] = torch.nan
     safetensors.torch.save_file(parameters, bundle / "snn.safetensors")
     sign(bundle)
-    answer = call("fidelity", bundle, "--runtime", "emulator", "--out", bundle.parent / "out")
+    out = bundle.parent / "out"
+    answer = call("fidelity", bundle, "--runtime", "emulator", "--set", small_run.data, "--out", out)
     assert answer.code == ERROR
     assert answer.says("layers.linear1.weight", "NaN")
-    assert not (bundle.parent / "out" / "report.json").exists()
+    assert not (out / "report.json").exists()
 
 
 def images(folder: Path, **arrays: Any) -> Path:
@@ -341,6 +348,34 @@ def test_data_of_ones_own_that_is_wrong(call: Call, own: Path) -> None:
     assert answer.says("float64 (9, 8, 8)", "one integer per image")
 
 
+def test_a_bundle_does_not_say_where_its_images_lie(call: Call, small_run: SmallRun, tmp_path: Path) -> None:
+    answer = call("fidelity", small_run.bundle, "--out", tmp_path / "out")
+    assert answer.code == USAGE
+    assert answer.says("path is given exactly when name is npz", "--set data.path=")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_of_standard_files_needs_its_folder(call: Call, own: Path, tmp_path: Path) -> None:
+    settings = json.loads(own.read_text())
+    settings["data"] = {"name": "mnist", "validation": 16, "test": 16}
+    own.write_text(json.dumps(settings))
+    answer = call("run", own, "--out", "run")
+    assert answer.code == USAGE
+    assert answer.says("the files of mnist are not told of", "--data-dir DIR", "yann.lecun.com")
+    assert not Path("run").exists()
+    (tmp_path / "a: [b] #").mkdir()  # words with a meaning in YAML
+    answer = call("run", own, "--out", "run", "--data-dir", tmp_path / "a: [b] #")
+    assert answer.code == ERROR
+    assert answer.says("mnist is not complete in", "a: [b] #", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def test_a_folder_is_refused_where_there_is_none(call: Call, own: Path, tmp_path: Path) -> None:
+    for config in (own, "digits"):
+        answer = call("run", config, "--out", "run", "--data-dir", tmp_path)
+        assert answer.code == USAGE
+        assert answer.says("dir (--data-dir) is given for a folder of standard files only")
+
+
 def test_a_place_that_cannot_be_written(call: Call, own: Path, small_run: SmallRun) -> None:
     blocked = own.parent / "file"
     blocked.write_text("")
@@ -364,12 +399,14 @@ def test_a_runtime_that_cannot_be_had_is_refused_before_any_work(
     assert answer.code == ERROR
     assert answer.says("/nowhere/python")
     assert not Path("run").exists()
-    answer = call("fidelity", small_run.bundle, "--runtime", "netx", "--out", "fidelity")
+    answer = call("fidelity", small_run.bundle, "--runtime", "netx", "--set", small_run.data, "--out", "fidelity")
     assert answer.code == ERROR
     assert not Path("fidelity").exists()
 
 
-def test_a_planted_fault_in_a_bundle_fails_with_3(call: Call, bundle: Path, tmp_path: Path) -> None:
+def test_a_planted_fault_in_a_bundle_fails_with_3(
+    call: Call, small_run: SmallRun, bundle: Path, tmp_path: Path
+) -> None:
     """The ONNX file of another network, signed as if it belonged: certification must tell."""
     plant_another_network(bundle)
     answer = call(
@@ -381,6 +418,8 @@ def test_a_planted_fault_in_a_bundle_fails_with_3(call: Call, bundle: Path, tmp_
         tmp_path / "out",
         "--set",
         "fidelity.square_queries=2",
+        "--set",
+        small_run.data,
     )
     assert answer.code == FAIL
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -488,3 +527,111 @@ def test_ctrl_c_while_lava_runs_leaves_no_orphan(small_run: SmallRun, tmp_path: 
     )
     assert code == INTERRUPTED
     assert "Traceback" not in said
+
+
+def hand_made_bundle(folder: Path, seed: int, *, fits: bool) -> Path:
+    """A bundle of a random network with several synapses per population; Loihi takes it if ``fits``."""
+    rng = np.random.default_rng(seed)
+    network = random_network(rng, dag=True, hidden=3)
+    if fits:
+        synapses = tuple(
+            replace(s, weight=2 * (s.weight >> 4).clip(-64, 63), bits=8, exponent=1) for s in network.synapses
+        )
+        network = replace(network, synapses=synapses)
+    write_bundle(
+        folder,
+        network,
+        golden_codes=random_codes(rng, network, 3),
+        float_model_files={"snn.json": b"{}"},
+        provenance={},
+        models=(NIR_FILE,),
+    )
+    return folder
+
+
+def test_a_network_that_fits_is_placed_proven_and_priced(call: Call, tmp_path: Path) -> None:
+    path = hand_made_bundle(tmp_path / "bundle", 2, fits=True)
+    network = open_bundle(path).network
+    assert any(len(network.incoming(p.name)) > 1 for p in network.populations)
+    answer = call("check", path)
+    assert (answer.code, answer.err) == (OK, "")
+    assert "the network fits loihi2" in answer.out
+    assert "broken rules" not in answer.out
+    placed = placement(network, LOIHI2)
+    assert f"{placed.memory_bytes:,} bytes, at least {placed.minimum_cores} core(s), 1 chip(s)" in answer.out
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in answer.out.splitlines()]
+    for row, proof in zip(placed.populations, prove(network), strict=True):
+        neurons = [row.neurons, row.connections, row.fan_in, row.fan_out]
+        assert [row.population, *(f"{count:,}" for count in neurons)] in cells
+        taken = [row.weight_bytes, row.state_bytes, row.axons_in, row.axons_out, row.minimum_cores]
+        assert [row.population, *(f"{count:,}" for count in taken)] in cells
+        sums, membrane = ("{:,} .. {:,}".format(*pair) for pair in (proof.sum_range, proof.membrane_range))
+        assert [proof.population, sums, "never", membrane, "never", "exact"] in cells
+    assert "estimates from operations counted on 3 golden inputs, not measurements" in answer.out
+    assert "Davies et al." in answer.out
+
+
+def test_every_broken_rule_is_told_with_its_remedy_and_another_target_may_do(call: Call, tmp_path: Path) -> None:
+    path = hand_made_bundle(tmp_path / "bundle", 2, fits=False)
+    network = open_bundle(path).network
+    for name in ("loihi2", "generic-int8", "lava", "netx"):
+        answer = call("check", path, "--target", name)
+        violations = check(network, TARGETS[name])
+        assert violations
+        assert answer.code == FAIL
+        assert answer.says(f"breaks {len(violations)} rule(s) of {name}")
+        for row in violations:
+            assert any(
+                row.object in line and row.rule in line and row.remedy in line for line in answer.out.splitlines()
+            )
+    assert call("check", hand_made_bundle(tmp_path / "even", 2, fits=True), "--target", "generic-int8").code == OK
+
+
+def test_memory_is_all_there_is_to_share_without_cores(call: Call, tmp_path: Path) -> None:
+    answer = call("check", hand_made_bundle(tmp_path / "bundle", 2, fits=True), "--target", "generic-int8")
+    assert "placement on generic-int8" in answer.out
+    assert "cores" not in answer.out
+    assert "axons" not in answer.out
+
+
+def test_an_unknown_target_is_wrong_usage_before_any_file_is_read(call: Call, tmp_path: Path) -> None:
+    answer = call("check", tmp_path / "nowhere", "--target", "loihi3")
+    assert answer.code == USAGE
+    assert answer.says("no target 'loihi3'", "loihi2, generic-int8, lava, netx")
+    answer = call("check", tmp_path / "nowhere")
+    assert (answer.code, answer.says("not a bundle folder")) == (ERROR, True)
+
+
+def test_checking_needs_no_training_packages(tmp_path: Path) -> None:
+    path = hand_made_bundle(tmp_path / "bundle", 2, fits=True)
+    blocked = ("torch", "snntorch", "onnx", "sklearn", "scipy", "jinja2", "matplotlib")
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r}));from pipeline.cli import main; main(sys.argv[1:])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, "check", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == OK, finished.stderr
+
+
+def test_what_the_pipeline_quantises_fits_every_target(call: Call, small_run: SmallRun) -> None:
+    for name in TARGETS:
+        answer = call("check", small_run.bundle, "--target", name)
+        assert answer.code == OK, answer.out
+
+
+def test_the_report_prices_the_operations_it_counted(small_run: SmallRun) -> None:
+    energy, placed = small_run.report["energy"], small_run.report["placement"]
+    network = open_bundle(small_run.bundle).network
+    assert energy["neuron_updates_per_image"] == network.steps * sum(p.size for p in network.populations)
+    loihi, *others = energy["estimates"]
+    operations = energy["synaptic_operations_per_image"] + energy["input_operations_per_image"]
+    assert loihi["least_nj"] == pytest.approx((23.6 * operations + 52 * energy["neuron_updates_per_image"]) / 1000)
+    assert loihi["most_nj"] == pytest.approx((23.6 * operations + 81 * energy["neuron_updates_per_image"]) / 1000)
+    assert all(row["least_nj"] > 0 and row["source"] for row in others)
+    assert "not measurements" in energy["note"]
+    assert placed["minimum_chips"] == 1
+    assert placed["minimum_cores"] == sum(row["minimum_cores"] for row in placed["populations"])
+    page = (small_run.folder / "report.html").read_text()
+    assert "Energy of one image, estimated and not measured" in page
+    assert loihi["source"] in page

@@ -52,7 +52,7 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("training.learning_rate", float("inf")),
         ("training.learning_rate", float("nan")),
         ("training.weight_decay", -1e-4),
-        ("training.objective", "trades"),
+        ("training.objective", "fgsm"),
         ("conversion.percentile", 0),
         ("conversion.percentile", 101),
         ("conversion.scale", -0.3),
@@ -76,7 +76,8 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("fidelity.runtimes", ["emulator", "emulator"]),
         ("data.validation", 0),
         ("data.test", -1),
-        ("data.name", "mnist"),
+        ("data.name", "imagenet"),
+        ("data.train", 0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(key: str, value: object) -> None:
@@ -107,6 +108,18 @@ def test_all_problems_are_told_at_once() -> None:
 )
 def test_a_path_goes_with_npz(data: dict[str, object]) -> None:
     assert "data" in refused({"data": data})
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet"])
+def test_a_folder_goes_with_sets_of_standard_files_and_may_be_told_later(name: str) -> None:
+    assert validate_config({"data": {"name": name}}, "test").data.dir is None
+    assert validate_config({"data": {"name": name, "dir": "files", "train": 500}}, "test").data.dir == "files"
+    assert "path is given exactly" in refused({"data": {"name": name, "path": "x.npz"}})
+
+
+@pytest.mark.parametrize("data", [{"dir": "files"}, {"name": "npz", "path": "x.npz", "dir": "files"}])
+def test_a_folder_goes_with_no_other(data: dict[str, object]) -> None:
+    assert "dir (--data-dir)" in refused({"data": data})
 
 
 def test_whole_numbers_do_for_reals_and_lists_for_tuples() -> None:

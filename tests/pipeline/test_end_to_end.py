@@ -225,7 +225,9 @@ def test_export_writes_a_bundle_of_one_target_that_verifies(
 
 
 def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Path) -> None:
-    finished = spikeguard("fidelity", small_run.bundle, "--runtime", "emulator", "--out", tmp_path)
+    finished = spikeguard(
+        "fidelity", small_run.bundle, "--runtime", "emulator", "--set", small_run.data, "--out", tmp_path
+    )
     assert finished.returncode == small_run.finished.returncode, finished.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["arms"] == small_run.report["arms"]

@@ -1,145 +1,226 @@
+"""Each objective against its formula, restated sample by sample, on a network whose two modes differ."""
+
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.objectives import (
-    kl_divergence,
-    natural,
-    pgd_adversarial_training,
-    pgd_images,
-    rfgsm_images,
-    robust_finetuning,
-)
-
-
-def model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
-
-
-def images(samples: int = 9) -> Tensor:
-    pixels = torch.rand(samples, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    pixels[:, :, 0] = 0.0
-    pixels[:, :, 3] = 1.0
-    return pixels
-
+from hardware.surrogates import ENSEMBLE, Surrogate
+from pipeline.inner_attacks import mart_images, pgd_images, rfgsm_images, trades_images
+from pipeline.objectives import Objective, mart, natural, pgd_adversarial_training, robust_finetuning, trades
+from tests.pipeline.samples import easy_data, spiking_network
 
 LABELS = torch.arange(9) % 3
+EPSILON = 0.1
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3))
+    return network.double()
+
+
+def images() -> Tensor:
+    return torch.rand(9, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
 
 
 def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def restated_kl(clean: Tensor, other: Tensor) -> Tensor:
-    """sum p log(p / q), p of the clean image."""
-    p, q = clean.softmax(1), other.softmax(1)
-    return (p * (p / q).log()).sum(1).mean()
+def ce(f: Tensor, y: int) -> Tensor:
+    return -(f[y].exp() / f.exp().sum()).log()
 
 
-def test_kl_divergence_is_of_the_clean_distribution_from_the_other() -> None:
-    clean, other = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.5, 0.0]])
-    assert kl_divergence(clean, other).item() == pytest.approx(restated_kl(clean, other).item(), rel=1e-5)
-    assert kl_divergence(clean, other).item() != pytest.approx(restated_kl(other, clean).item(), rel=0.1)
+def kl(f: Tensor, g: Tensor) -> Tensor:
+    p, q = f.exp() / f.exp().sum(), g.exp() / g.exp().sum()
+    return sum((p[k] * (p[k] / q[k]).log() for k in range(len(p))), start=torch.zeros(()))
 
 
-def test_rfgsm_is_its_formula() -> None:
-    network, x, epsilon = model(), images(), 0.1
-    alpha = epsilon / 2
-    noise = torch.randn(x.shape, generator=generator())
-    x0 = (x + alpha * noise.sign()).clamp(0, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(restated_kl(network(x).detach(), network(x0)), x0)
-    moved = x0.detach() + (epsilon - alpha) * gradient.sign() - x
-    expected = (x + moved.clamp(-epsilon, epsilon)).clamp(0, 1)
-    torch.testing.assert_close(rfgsm_images(network, x, epsilon, generator()), expected, rtol=0, atol=1e-7)
+def mart_term(f: Tensor, g: Tensor, y: int, beta: float) -> Tensor:
+    p, q = f.exp() / f.exp().sum(), g.exp() / g.exp().sum()
+    wrong = max((q[k] for k in range(len(q)) if k != y), key=lambda probability: probability.item())
+    return ce(g, y) - (1.0001 - wrong).log() + beta * kl(f, g) * (1 - p[y])
 
 
-def test_pgd_with_one_step_is_its_formula() -> None:
-    network, x, epsilon = model(), images(), 0.2
-    start = epsilon * (2 * torch.rand(x.shape, generator=generator()) - 1)
-    x0 = torch.max(torch.min((x + start).clamp(0, 1), x + epsilon), x - epsilon).requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(network(x0), LABELS), x0)
-    moved = x0.detach() + 2.5 * epsilon * gradient.sign()
-    expected = torch.max(torch.min(moved, x + epsilon), x - epsilon).clamp(0, 1)
-    torch.testing.assert_close(pgd_images(network, x, LABELS, epsilon, 1, generator()), expected, rtol=0, atol=1e-6)
+# Adversarial images of the model in eval mode, and the loss of one sample from its clean and attacked logits.
+Made = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+OfSample = Callable[[Tensor, Tensor, int], Tensor]
+CASES: dict[str, tuple[Objective, Made, OfSample]] = {
+    "natural": (natural(), lambda _m, x, _g: x, lambda f, _, y: ce(f, y)),
+    "pgd-at": (
+        pgd_adversarial_training(EPSILON, 3),
+        lambda m, x, g: pgd_images(m, x, LABELS, EPSILON, 3, g),
+        lambda _, g, y: ce(g, y),
+    ),
+    "pgd-at of 10 steps": (
+        pgd_adversarial_training(EPSILON),
+        lambda m, x, g: pgd_images(m, x, LABELS, EPSILON, 10, g),
+        lambda _, g, y: ce(g, y),
+    ),
+    "trades": (
+        trades(EPSILON),
+        lambda m, x, g: trades_images(m, x, EPSILON, 10, g),
+        lambda f, g, y: ce(f, y) + 6 * kl(f, g),
+    ),
+    "trades of other weight": (
+        trades(EPSILON, 2, 1.5),
+        lambda m, x, g: trades_images(m, x, EPSILON, 2, g),
+        lambda f, g, y: ce(f, y) + 1.5 * kl(f, g),
+    ),
+    "mart": (
+        mart(EPSILON),
+        lambda m, x, g: mart_images(m, x, LABELS, EPSILON, 10, g),
+        lambda f, g, y: mart_term(f, g, y, 4),
+    ),
+    "mart of other weight": (
+        mart(EPSILON, 2, 1.5),
+        lambda m, x, g: mart_images(m, x, LABELS, EPSILON, 2, g),
+        lambda f, g, y: mart_term(f, g, y, 1.5),
+    ),
+    "fine-tuning": (
+        robust_finetuning(EPSILON),
+        lambda m, x, g: rfgsm_images(m, x, EPSILON, g),
+        lambda f, g, y: ce(f, y) + 2 * kl(f, g),
+    ),
+    "fine-tuning of 3 steps": (
+        robust_finetuning(EPSILON, 8.0, attack_steps=3),
+        lambda m, x, g: rfgsm_images(m, x, EPSILON, g, steps=3),
+        lambda f, g, y: ce(f, y) + 8 * kl(f, g),
+    ),
+}
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.003, 0.1, 1.0])
-def test_adversarial_images_stay_in_the_ball_and_in_range(epsilon: float) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_are_those_of_the_formula(name: str) -> None:
+    objective, made, of_sample = CASES[name]
     network, x = model(), images()
-    for made in (
-        pgd_images(network, x, LABELS, epsilon, 4, generator()),
-        rfgsm_images(network, x, epsilon, generator()),
-    ):
-        assert float((made - x).abs().max()) <= epsilon + 1e-6
-        assert float(made.min()) >= 0
-        assert float(made.max()) <= 1
+    restated = copy.deepcopy(network)
+    loss = objective(network, x, LABELS, generator())
 
+    adversarial = made(restated.eval(), x, generator())
+    restated.train()
+    if name == "natural":
+        clean = attacked = restated(x)
+    elif name.startswith("pgd-at"):
+        clean = attacked = restated(adversarial)
+    else:
+        clean, attacked = restated(x), restated(adversarial)
+    samples = [of_sample(f, g, y) for f, g, y in zip(clean, attacked, LABELS.tolist(), strict=True)]
+    expected = torch.stack(samples).mean()
 
-def test_pgd_raises_the_loss_and_more_steps_raise_it_further() -> None:
-    network, x = model(), images()
-
-    def loss(pixels: Tensor) -> float:
-        return F.cross_entropy(network(pixels), LABELS).item()
-
-    one, many = (pgd_images(network, x, LABELS, 0.1, steps, generator()) for steps in (1, 20))
-    assert loss(x) < loss(one) <= loss(many)
-
-
-def test_the_same_generator_gives_the_same_images() -> None:
-    network, x = model(), images()
-    assert torch.equal(rfgsm_images(network, x, 0.1, generator()), rfgsm_images(network, x, 0.1, generator()))
-    assert not torch.equal(rfgsm_images(network, x, 0.1, generator()), rfgsm_images(network, x, 0.1, generator(8)))
-
-
-def test_attacks_leave_no_gradient_in_the_parameters() -> None:
-    network, x = model(), images()
-    pgd_images(network, x, LABELS, 0.1, 2, generator())
-    rfgsm_images(network, x, 0.1, generator())
-    assert all(parameter.grad is None for parameter in network.parameters())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    wanted = torch.autograd.grad(expected, list(restated.parameters()))
+    for found, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-10)
+    # Batch norm has seen what it should, in the same order, and nothing of the attack.
+    for key, value in restated.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], value)
+    assert network.training
 
 
 class ModeProbe(nn.Module):
-    """Notes in which mode, and with which images, it is asked."""
+    """Notes in which mode it is asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = model()
-        self.calls: list[tuple[bool, Tensor]] = []
+        self.modes: list[bool] = []
 
     def forward(self, pixels: Tensor) -> Tensor:
-        self.calls.append((self.training, pixels.detach().clone()))
+        self.modes.append(self.training)
         logits: Tensor = self.inner(pixels)
         return logits
 
 
-def test_adversarial_training_attacks_in_eval_mode_and_learns_in_train_mode() -> None:
-    probe, x = ModeProbe(), images()
-    loss = pgd_adversarial_training(0.1, 3)(probe, x, LABELS, generator())
-    assert [training for training, _ in probe.calls] == [False, False, False, True]
-    adversarial = pgd_images(probe.inner, x, LABELS, 0.1, 3, generator())
-    assert loss.item() == pytest.approx(F.cross_entropy(probe.inner(adversarial), LABELS).item(), rel=1e-6)
+@pytest.mark.parametrize(
+    ("objective", "attack_calls", "loss_calls"),
+    [
+        (natural(), 0, 1),
+        (pgd_adversarial_training(EPSILON, 3), 3, 1),
+        (trades(EPSILON, 3), 4, 2),
+        (mart(EPSILON, 3), 3, 2),
+        (robust_finetuning(EPSILON), 2, 2),
+        (robust_finetuning(EPSILON, attack_steps=3), 4, 2),
+    ],
+    ids=["natural", "pgd-at", "trades", "mart", "fine-tuning", "fine-tuning of 3 steps"],
+)
+def test_attacks_run_in_eval_mode_and_losses_in_train_mode(
+    objective: Objective, attack_calls: int, loss_calls: int
+) -> None:
+    probe = ModeProbe()
+    objective(probe, images(), LABELS, generator())
+    assert probe.modes == [False] * attack_calls + [True] * loss_calls
 
 
-def test_robust_finetuning_is_its_formula_with_gradients_through_both_branches() -> None:
-    probe, x = ModeProbe(), images()
-    loss = robust_finetuning(0.1, 2.0)(probe, x, LABELS, generator())
-    assert [training for training, _ in probe.calls] == [False, False, True, True]
-    network = probe.inner
-    adversarial = rfgsm_images(network, x, 0.1, generator())
-    clean, other = network(x), network(adversarial)
-    expected = F.cross_entropy(clean, LABELS) + 2 * restated_kl(clean, other)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    parameters = list(network.parameters())
-    for found, wanted in zip(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+class SurrogateProbe(nn.Module):
+    """A spiking network that notes through which surrogate it is asked, and in which mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = spiking_network(steps=3)
+        self.asked: list[tuple[bool, Surrogate | None]] = []
+
+    def forward(self, pixels: Tensor, surrogate: Surrogate | None = None) -> Tensor:
+        self.asked.append((self.training, surrogate))
+        return self.inner(pixels, surrogate)
+
+
+DATA = easy_data(8)
+PIXELS, CLASSES = torch.from_numpy(DATA.codes).float() / 255, torch.from_numpy(DATA.labels)
+
+
+def test_each_batch_is_attacked_through_one_rule_of_the_ensemble_and_learns_with_its_own() -> None:
+    probe, source, drawn = SurrogateProbe(), generator(), []
+    objective = robust_finetuning(EPSILON, surrogates=ENSEMBLE)
+    for _ in range(60):
+        probe.asked.clear()
+        objective(probe, PIXELS, CLASSES, source)
+        (in_attack,) = {rule for training, rule in probe.asked if not training}
+        assert [rule for training, rule in probe.asked if training] == [None, None]
+        drawn.append(in_attack)
+    assert set(drawn) <= set(ENSEMBLE)
+    assert len(set(drawn)) > 10
+    again = generator()
+    for rule in drawn[:5]:
+        probe.asked.clear()
+        objective(probe, PIXELS, CLASSES, again)
+        assert probe.asked[0][1] == rule
+
+
+def test_without_an_ensemble_the_attack_goes_through_the_network_as_it_is() -> None:
+    probe = SurrogateProbe()
+    robust_finetuning(EPSILON)(probe, PIXELS, CLASSES, generator())
+    assert {rule for _, rule in probe.asked} == {None}
+
+
+def test_the_surrogate_drawn_changes_the_images_but_not_the_gradient_of_the_loss() -> None:
+    """With the images fixed, the loss of a network attacked through another rule has the triangle's gradient."""
+    network, rule, epsilon = spiking_network(steps=8), Surrogate("straight_through"), 0.4
+    start = copy.deepcopy(network)
+    loss = robust_finetuning(epsilon, surrogates=(rule,))(network, PIXELS, CLASSES, generator())
+
+    def after_the_draw() -> torch.Generator:
+        source = generator()
+        torch.randint(1, (), generator=source)
+        return source
+
+    start.eval()
+    adversarial = rfgsm_images(lambda x: start(x, rule), PIXELS, epsilon, after_the_draw())
+    assert not torch.equal(adversarial, rfgsm_images(start, PIXELS, epsilon, after_the_draw()))
+    start.train()
+    clean, attacked = start(PIXELS), start(adversarial)
+    expected = torch.stack(
+        [ce(f, y) + 2 * kl(f, g) for f, g, y in zip(clean, attacked, CLASSES.tolist(), strict=True)]
+    ).mean()
+    for found, right in zip(
+        torch.autograd.grad(loss, list(network.parameters())),
+        torch.autograd.grad(expected, list(start.parameters())),
+        strict=True,
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-def test_natural_is_the_cross_entropy() -> None:
-    network, x = model(), images()
-    assert natural()(network, x, LABELS, generator()).item() == F.cross_entropy(network(x), LABELS).item()
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-5)

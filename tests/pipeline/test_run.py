@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hardware.errors import RuleViolations, SpikeguardError
+from hardware.formats.bundle import open_bundle
 from pipeline import run as run_module
 from pipeline.config import Config, validate_config
 from pipeline.run import STAGES, Run, Stage, build_network, calibration_batches, start_network, without_lava
@@ -108,7 +109,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "stages" not in path.parts
+        if path.is_file() and not {"stages", "logs"} & set(path.parts)  # these hold seconds
     }
 
 
@@ -220,6 +221,21 @@ def test_changed_data_redo_everything(tmp_path: Path, done: Done, part: str) -> 
         labels = (labels + 1) % 4
     np.savez(own, images=codes, labels=labels)
     assert again(done, Run(config(own), tmp_path / "run", "")) == ORDER
+
+
+def test_moved_data_change_nothing(
+    finished: Path, data: Path, done: Done, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    moved = shutil.copy(data, tmp_path_factory.mktemp("moved") / "other.npz")
+    assert again(done, Run(config(Path(moved)), finished, "")) == []
+
+
+def test_where_the_data_lie_is_in_no_result(prepared: Path, data: Path) -> None:
+    provenance = open_bundle(prepared / "bundle").manifest.provenance
+    assert provenance["config"]["data"] == {"name": "npz", "train": None, "validation": 16, "test": 16}  # type: ignore[index,call-overload]
+    places = {bytes(part) for part in (data, data.parent.parent)}
+    for name, content in contents(prepared).items():
+        assert not any(place in content for place in places), name
 
 
 OWN_NETWORK = """

@@ -1,0 +1,57 @@
+"""From the configuration to what the training loop takes."""
+
+from __future__ import annotations
+
+from hardware.surrogates import ENSEMBLE
+from pipeline.compute import Compute, choose_device
+from pipeline.config import ComputeConfig, FinetuningConfig, TrainingConfig
+from pipeline.data.augmentation import Augmentation
+from pipeline.objectives import Objective, mart, natural, pgd_adversarial_training, robust_finetuning, trades
+from pipeline.training import Schedule
+
+
+def training_objective(settings: TrainingConfig) -> Objective:
+    """What the ANN is trained with."""
+    epsilon, steps = settings.epsilon, settings.attack_steps
+    weight = {} if settings.beta is None else {"beta": settings.beta}
+    match settings.objective:
+        case "natural":
+            return natural()
+        case "pgd-at":
+            return pgd_adversarial_training(epsilon, steps)
+        case "trades":
+            return trades(epsilon, steps, **weight)
+        case "mart":
+            return mart(epsilon, steps, **weight)
+
+
+def finetuning_objective(settings: FinetuningConfig) -> Objective:
+    """What the SNN is fine-tuned with."""
+    return robust_finetuning(
+        settings.epsilon,
+        settings.beta,
+        attack_steps=settings.attack_steps,
+        surrogates=ENSEMBLE if settings.surrogates == "ensemble" else (),
+    )
+
+
+def schedule_of(settings: TrainingConfig | FinetuningConfig) -> Schedule:
+    """How long, how fast."""
+    return Schedule(
+        settings.epochs, settings.batch_size, settings.learning_rate, settings.weight_decay, settings.averaging
+    )
+
+
+def augmentation_of(settings: TrainingConfig | FinetuningConfig) -> Augmentation:
+    """What is done to training images."""
+    cutout = settings.cutout if isinstance(settings, TrainingConfig) else 0
+    return Augmentation(settings.crop_padding, settings.flip, cutout)
+
+
+def compute_of(settings: ComputeConfig) -> Compute:
+    """Device and precision.
+
+    Raises:
+        SpikeguardError: if the device is not there.
+    """
+    return Compute(choose_device(settings.device), settings.precision)
