@@ -14,7 +14,7 @@ from pipeline.models import folded, neuron_kernels
 from pipeline.models.folded import FoldedNetwork, torch_spikes
 from pipeline.models.neuron_kernels import BLOCK, RULE_IDS
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.neurons import IntegrateAndFire
+from pipeline.neurons import Leaky
 from tests.pipeline.samples import NETWORKS, random_images, spiking_network
 
 SURROGATES = [
@@ -61,7 +61,7 @@ def restated(network: SpikingNetwork, images: Tensor, rules: Mapping[str, SpikeR
     """The method's neuron and surrogates, layer by layer, step by step, batch norm and all; autograd does the rest."""
     activity = [images] * network.steps
     for name, module in network.layers.items():
-        if not isinstance(module, IntegrateAndFire):
+        if not isinstance(module, Leaky):
             activity = [module(x) for x in activity]
             continue
         rule, threshold = rules[name], module.effective_threshold.detach()
@@ -211,7 +211,7 @@ def test_the_proxy_has_other_neurons_in_the_same_network(name: str, clipped: boo
     images = images_for(name).requires_grad_()
     expected = images
     for module in network.layers.values():
-        if not isinstance(module, IntegrateAndFire):
+        if not isinstance(module, Leaky):
             expected = module(expected)
         elif clipped:
             expected = torch.clip(expected / module.threshold.detach(), 0, 1)
@@ -232,7 +232,7 @@ def test_compiled_float32_neurons_are_those_of_torch(rule: SpikeRule, static: bo
     shape = (1 if static else steps, 3, BLOCK // 2 + 5)
     current = (0.5 * torch.randn(shape, generator=generator) + 0.1).requires_grad_()
     weights = torch.randn((steps, *shape[1:]), generator=generator)
-    neurons = IntegrateAndFire(0.4).requires_grad_(False)
+    neurons = Leaky(0.4).requires_grad_(False)
 
     compiled = folded._spikes(neurons, current, steps, rule)
     plain = torch_spikes(neurons, current, steps, rule)

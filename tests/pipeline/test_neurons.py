@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hardware.surrogates import Surrogate
-from pipeline.neurons import MIN_THRESHOLD, IntegrateAndFire
+from pipeline.neurons import MIN_THRESHOLD, Leaky
 
 STEPS = 6
 SURROGATES = [
@@ -47,8 +47,8 @@ def restated(current: Tensor, threshold: Tensor, steps: int, surrogate: Surrogat
     return torch.stack(spikes)
 
 
-def neuron(threshold: float) -> IntegrateAndFire:
-    return IntegrateAndFire(threshold).double()
+def neuron(threshold: float) -> Leaky:
+    return Leaky(threshold).double()
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)
@@ -94,12 +94,12 @@ def test_membranes_lead_to_the_spikes() -> None:
 
 def test_nothing_is_carried_over_between_calls() -> None:
     current = torch.full((1, 2, 3), 0.3)
-    layer = IntegrateAndFire(1.0)
+    layer = Leaky(1.0)
     assert torch.equal(layer(current, 5), layer(current, 5))
 
 
 def test_the_threshold_in_force_never_falls_below_its_floor() -> None:
-    layer = IntegrateAndFire(-1.0)
+    layer = Leaky(-1.0)
     assert layer.effective_threshold.item() == pytest.approx(MIN_THRESHOLD)
     assert layer(torch.full((1, 1, 1), MIN_THRESHOLD / 2), 1).item() == 0
     layer.clamp_threshold()
@@ -119,12 +119,12 @@ def leaky(current: Tensor, threshold: float) -> tuple[list[float], list[float]]:
 
 def test_spikes_are_those_of_snntorch_away_from_ties() -> None:
     current = torch.rand(40, 1, generator=torch.Generator().manual_seed(5))
-    assert IntegrateAndFire(0.9)(current, 40).flatten().tolist() == leaky(current, 0.9)[0]
+    assert Leaky(0.9)(current, 40).flatten().tolist() == leaky(current, 0.9)[0]
 
 
 def test_a_membrane_on_the_threshold_spikes_here_and_not_in_snntorch() -> None:
     current = torch.tensor([[0.5], [0.5], [0.25]])
-    assert IntegrateAndFire(1.0)(current, 3).flatten().tolist() == [0.0, 1.0, 0.0]
+    assert Leaky(1.0)(current, 3).flatten().tolist() == [0.0, 1.0, 0.0]
     assert leaky(current, 1.0)[0] == [0.0, 0.0, 1.0]
 
 
@@ -133,6 +133,6 @@ def test_snntorch_keeps_the_membrane_of_a_spike_until_the_next_step() -> None:
     spikes, membranes = leaky(current, 1.0)
     assert spikes == [0.0, 1.0]
     assert membranes[1] == pytest.approx(1.2)
-    layer = IntegrateAndFire(1.0)
+    layer = Leaky(1.0)
     after = layer.membranes(current, 2) * (1 - layer(current, 2))
     assert after[1].item() == 0.0
