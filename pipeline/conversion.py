@@ -162,7 +162,7 @@ def _current(network: SpikingNetwork, name: str, images: Tensor, store: dict[str
         if layer == INPUT:
             return images.unsqueeze(0)
         if layer in store:
-            return _unpack(store[layer], images.device)
+            return _unpack(store[layer], images)
         if layer not in values:
             values[layer] = network.advance(layer, [value(source) for source in network.graph.sources[layer]])
         return values[layer]
@@ -193,7 +193,7 @@ def _pack(spikes: Tensor) -> PackedSpikes:
     return np.packbits(spikes.bool().cpu().numpy()), tuple(spikes.shape)
 
 
-def _unpack(packed: PackedSpikes, device: torch.device) -> Tensor:
+def _unpack(packed: PackedSpikes, like: Tensor) -> Tensor:
     bits, shape = packed
     count = int(np.prod(shape))
-    return torch.from_numpy(np.unpackbits(bits, count=count)).to(device).float().reshape(shape)
+    return torch.from_numpy(np.unpackbits(bits, count=count)).to(like).reshape(shape)
