@@ -12,6 +12,8 @@ option.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Literal, cast
 
 import snntorch
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from hardware.surrogates import TRIANGLE, GradientRule, Rate, SpikeRule, Surrogate
 from pipeline.models import neuron_kernels
-from pipeline.models.neuron_kernels import RULE_IDS, Array
+from pipeline.models.neuron_kernels import BLOCK, RULE_IDS, Array
 
 MIN_THRESHOLD = 0.03
+# Neurons (of all samples) below which another thread costs more than it saves.
+SMALLEST_SHARE = 2**14
 Reset = Literal["zero", "subtract"]
 
 
@@ -197,9 +201,8 @@ class _Spikes(torch.autograd.Function):
         spikes = _empty(current, settings.steps, channels_last)
         x = _flat(current, channels_last)
         real = x.dtype.type
-        neuron_kernels.fire(
-            x, real(threshold.item()), real(settings.beta), settings.subtract, _flat(spikes, channels_last)
-        )
+        arrays = x, real(threshold.item()), real(settings.beta), settings.subtract, _flat(spikes, channels_last)
+        _on_all_threads(neuron_kernels.fire, x, arrays)
         return spikes
 
     @staticmethod
@@ -223,19 +226,37 @@ def _backward_compiled(
     level, beta = real(threshold.item()), real(settings.beta)
     arrays = x, level, beta, settings.subtract, _flat(grad_spikes, channels_last), _flat(grad_current, channels_last)
     if isinstance(settings.rule, Rate):
-        neuron_kernels.backpropagate_rate(*arrays, settings.steps)
+        _on_all_threads(neuron_kernels.backpropagate_rate, x, (*arrays, settings.steps))
         grad_threshold = 0.0
     elif settings.is_compiled:
         rule = cast(Surrogate, settings.rule)
-        grad_threshold = neuron_kernels.backpropagate(
-            *arrays, settings.steps, RULE_IDS[rule.rule], real(rule.width), real(rule.height)
-        )
+        rule_of_kernel = settings.steps, RULE_IDS[rule.rule], real(rule.width), real(rule.height)
+        grad_threshold = _on_all_threads(neuron_kernels.backpropagate, x, (*arrays, *rule_of_kernel))
     else:
         z = _empty(current, settings.steps, channels_last)
-        neuron_kernels.integrate(x, level, beta, settings.subtract, _flat(z, channels_last))
+        _on_all_threads(neuron_kernels.integrate, x, (x, level, beta, settings.subtract, _flat(z, channels_last)))
         slopes = settings.rule.gradient(z.sub_(float(level)))
-        grad_threshold = neuron_kernels.backpropagate_slopes(*arrays, _flat(slopes, channels_last))
+        ordered = _flat(_like(slopes, z), channels_last)
+        grad_threshold = _on_all_threads(neuron_kernels.backpropagate_slopes, x, (*arrays, ordered))
     return grad_current, torch.full_like(threshold, grad_threshold)
+
+
+def _on_all_threads(kernel: Callable[..., float | None], x: Array, arguments: tuple[Any, ...]) -> float:
+    """Call ``kernel(start, stop, *arguments)`` for the columns of ``x``, shared out among as many threads as torch
+    uses; the sum of what it returns.
+    """
+    neurons = x.shape[1]
+    parts = max(1, min(torch.get_num_threads(), neurons // SMALLEST_SHARE))
+    size = -(-neurons // parts // BLOCK) * BLOCK if neurons else 1
+    bounds = [(start, min(start + size, neurons)) for start in range(0, neurons, size)] or [(0, 0)]
+    if len(bounds) == 1:
+        return kernel(*bounds[0], *arguments) or 0.0
+    return sum(part or 0.0 for part in _threads(len(bounds)).map(lambda bound: kernel(*bound, *arguments), bounds))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "neurons")
 
 
 def _backward_in_torch(
@@ -287,6 +308,11 @@ def _empty(activity: Tensor, steps: int, channels_last: bool) -> Tensor:
     if not channels_last:
         return activity.new_empty((steps, *activity.shape[1:]))
     return activity.new_empty((steps, *activity.movedim(2, -1).shape[1:])).movedim(-1, 2)
+
+
+def _like(activity: Tensor, other: Tensor) -> Tensor:
+    """The same values in the order of memory of ``other``."""
+    return activity if activity.stride() == other.stride() else torch.empty_like(other).copy_(activity)
 
 
 def _flat(activity: Tensor, channels_last: bool) -> Array:

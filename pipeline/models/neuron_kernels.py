@@ -1,8 +1,8 @@
 """Compiled integrate-and-fire neurons: all steps of a block of neurons while the block lies in the first cache.
 
-Arrays are ``(steps, neurons)``, the neurons of all samples in a row; an input or a gradient that is the same at every
-step has one step only. Nothing is kept from the forward pass: the backward kernels integrate the currents again,
-which costs less than writing membranes and reading them back.
+Arrays are ``(steps, neurons)``, the neurons of all samples in a row, of which those from ``start`` to ``stop`` are
+worked on; an input or a gradient that is the same at every step has one step only. Nothing is kept from the forward
+pass: the backward kernels integrate the currents again, which costs less than writing membranes and reading them back.
 
 With g the surrogate at ``z = u - threshold`` (Özdenizci & Legenstein, TMLR 2024), and ``subtract`` for the option::
 
@@ -39,13 +39,13 @@ RULE_IDS: Mapping[str, int] = {
 
 
 @compiled
-def fire(current: Array, threshold: float, beta: float, subtract: bool, spikes: Array) -> None:
+def fire(start: int, stop: int, current: Array, threshold: float, beta: float, subtract: bool, spikes: Array) -> None:
     """Fill 0/1 ``spikes``."""
-    steps, neurons = spikes.shape
+    steps = len(spikes)
     zero, one = spikes.dtype.type(0), spikes.dtype.type(1)
     membrane = np.empty(BLOCK, spikes.dtype)
-    for first in range(0, neurons, BLOCK):
-        block = slice(first, min(first + BLOCK, neurons))
+    for first in range(start, stop, BLOCK):
+        block = slice(first, min(first + BLOCK, stop))
         v = membrane[: block.stop - first]
         v[:] = zero
         for step in range(steps):
@@ -63,15 +63,18 @@ def fire(current: Array, threshold: float, beta: float, subtract: bool, spikes: 
 
 
 @compiled
-def integrate(current: Array, threshold: float, beta: float, subtract: bool, membranes: Array) -> None:
+def integrate(
+    start: int, stop: int, current: Array, threshold: float, beta: float, subtract: bool, membranes: Array
+) -> None:
     """Fill ``membranes``, before the reset."""
-    neurons = membranes.shape[1]
-    for first in range(0, neurons, BLOCK):
-        _integrate(current, first, threshold, beta, subtract, membranes, first, min(BLOCK, neurons - first))
+    for first in range(start, stop, BLOCK):
+        _integrate(current, first, threshold, beta, subtract, membranes, first, min(BLOCK, stop - first))
 
 
 @compiled
 def backpropagate(
+    start: int,
+    stop: int,
     current: Array,
     threshold: float,
     beta: float,
@@ -88,12 +91,11 @@ def backpropagate(
     Returns:
         The gradient at the threshold.
     """
-    neurons = current.shape[1]
     u = np.empty((steps, BLOCK), current.dtype)
     slopes = np.empty((steps, BLOCK), current.dtype)
     total = 0.0
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
         _integrate(current, first, threshold, beta, subtract, u, 0, size)
         for step in range(steps):
             _differentiate(u[step, :size], threshold, rule, width, height, slopes[step, :size])
@@ -103,6 +105,8 @@ def backpropagate(
 
 @compiled
 def backpropagate_slopes(
+    start: int,
+    stop: int,
     current: Array,
     threshold: float,
     beta: float,
@@ -112,11 +116,11 @@ def backpropagate_slopes(
     slopes: Array,
 ) -> float:
     """Fill ``grad_current`` through given ``slopes``, ds/du ``(steps, neurons)``; returns as `backpropagate`."""
-    steps, neurons = slopes.shape
+    steps = len(slopes)
     u = np.empty((steps, BLOCK), current.dtype)
     total = 0.0
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
         _integrate(current, first, threshold, beta, subtract, u, 0, size)
         total += _descend(u, slopes, first, threshold, beta, subtract, grad_spikes, grad_current, first, size)
     return total
@@ -124,6 +128,8 @@ def backpropagate_slopes(
 
 @compiled
 def backpropagate_rate(
+    start: int,
+    stop: int,
     current: Array,
     threshold: float,
     beta: float,
@@ -133,12 +139,11 @@ def backpropagate_rate(
     steps: int,
 ) -> None:
     """Fill ``grad_current`` without recursion through time: neurons that never spike pass nothing."""
-    neurons = current.shape[1]
     one = current.dtype.type(1)
     u = np.empty((steps, BLOCK), current.dtype)
     share = np.empty(BLOCK, current.dtype)
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
         _integrate(current, first, threshold, beta, subtract, u, 0, size)
         active = share[:size]
         active[:] = 0
