@@ -226,7 +226,7 @@ _RULES: Mapping[LayerKind, _Rule] = {
 
 
 def _problems(graph: LayerGraph) -> Iterator[Violation]:
-    """Every reason why the graph cannot be a network that converts and deploys; shapes end at the first misfit."""
+    """Every reason why the graph cannot be a network that converts and deploys."""
     shape = graph.input_shape
     if len(shape) not in (1, 3) or min(shape) < 1:
         wording = "images are (channels, height, width) or (features,)"
@@ -235,56 +235,96 @@ def _problems(graph: LayerGraph) -> Iterator[Violation]:
     if not graph.layers:
         yield Violation("network", "has layers", "none", "1 or more", "add nn.Flatten and nn.Linear")
         return
-    shapes: dict[str, Shape] = {INPUT: shape}
-    signals: dict[str, Signal] = {INPUT: "pixels"}
-    kinds: dict[str, str] = {INPUT: "the image"}
-    for index, layer in enumerate(graph.layers):
-        subject = layer.path or layer.name
-        if set(layer.options) != OPTIONS[layer.kind]:
-            allowed = ", ".join(sorted(OPTIONS[layer.kind])) or "none"
-            has = ", ".join(sorted(layer.options)) or "none"
-            yield Violation(subject, "has the options of its kind", has, allowed, "export it again")
-            return
-        impossible = _impossible_options(layer)
-        if impossible:
-            yield Violation(subject, "options are possible", *impossible, "check sizes")
-            return
-        if layer.name in shapes or layer.name in RESERVED or not layer.name.replace("_", "").isalnum():
-            yield Violation(subject, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
-            return
-        sources = graph.sources[layer.name]
-        if unknown := [name for name in sources if name not in shapes]:
-            yield Violation(subject, "reads earlier layers", ", ".join(unknown), "layers before it", "reorder them")
-            return
-        produced = output_shape(layer, [shapes[name] for name in sources])
-        if not produced:
-            read = " and ".join(str(shapes[name]) for name in sources)
-            yield Violation(
-                subject, "fits the shape before it", f"{layer.kind} after {read}", "a matching shape", "check sizes"
-            )
-            return
-        rule = _RULES[layer.kind]
-        if wrong := [kinds[name] for name in sources if signals[name] not in rule.reads]:
-            yield Violation(subject, rule.wording, f"after {', '.join(wrong)}", " or ".join(rule.reads), rule.remedy)
-        elif layer.kind == "normalize" and index:
-            yield Violation(subject, rule.wording, f"layer {index}", "layer 0", rule.remedy)
-        shapes[layer.name] = produced
-        signals[layer.name] = rule.gives or signals[sources[0]]
-        kinds[layer.name] = kinds[sources[0]] if layer.kind in ("flatten", "dropout") else layer.kind
+    flow = _Flow(shape)
+    yield from flow.problems(graph.layers)
     last = graph.layers[-1]
-    if signals[last.name] != "current" or len(shapes[last.name]) != 1:
-        actual = f"{kinds[last.name]} of shape {shapes[last.name]}"
+    shape, signal = flow.shapes[last.name], flow.signals[last.name]
+    if signal is not None and shape and (signal != "current" or len(shape) != 1):
+        spikes = flow.kinds[last.name] == "spike"
         yield Violation(
             last.path or last.name,
             "the network ends in logits",
-            actual,
+            f"{flow.kinds[last.name]} of shape {shape}",
             "a linear layer",
-            "end with nn.Linear and no ReLU",
+            "leave out the last neurons: logits are the average of what enters them"
+            if spikes
+            else "end with nn.Linear and no ReLU",
         )
     for layer in graph.layers[:-1]:
         if not graph.readers(layer.name):
             subject = layer.path or layer.name
             yield Violation(subject, "leads to the logits", "is not read", "a reader", "remove it, or use its result")
+
+
+def misfits(input_shape: Shape, layers: Sequence[Layer], unknown: str) -> tuple[Violation, ...]:
+    """What is wrong with layers some of which read a layer that is left out.
+
+    Args:
+        input_shape: of one image.
+        layers: in order of execution, not a whole network.
+        unknown: name for the layers left out; nothing is said of what reads them.
+    """
+    flow = _Flow(input_shape)
+    flow.shapes[unknown], flow.signals[unknown], flow.kinds[unknown] = (), None, ""
+    return tuple(flow.problems(layers))
+
+
+class _Flow:
+    """What flows out of every layer; an empty shape and no signal where a problem has made them unknown."""
+
+    def __init__(self, input_shape: Shape) -> None:
+        self.shapes: dict[str, Shape] = {INPUT: input_shape}
+        self.signals: dict[str, Signal | None] = {INPUT: "pixels"}
+        self.kinds: dict[str, str] = {INPUT: "the image"}
+
+    def problems(self, layers: Sequence[Layer]) -> Iterator[Violation]:
+        """What is wrong with each layer where it stands, none blamed for another."""
+        previous = INPUT
+        spikes = any(layer.kind == "spike" for layer in layers)
+        for index, layer in enumerate(layers):
+            subject = layer.path or layer.name
+            sources = layer.inputs or (previous,)
+            if layer.name in self.shapes or layer.name in RESERVED or not layer.name.replace("_", "").isalnum():
+                yield Violation(subject, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
+            if missing := [name for name in sources if name not in self.shapes]:
+                yield Violation(subject, "reads earlier layers", ", ".join(missing), "layers before it", "reorder them")
+            known = [name for name in sources if name in self.shapes]
+            signal = self.signals[known[0]] if known else None
+            rule = _RULES[layer.kind]
+            if wrong := [self.kinds[name] for name in known if self.signals[name] not in (None, *rule.reads)]:
+                allowed = " or ".join(rule.reads)
+                yield Violation(subject, rule.wording, f"after {', '.join(wrong)}", allowed, rule.remedy)
+                signal = None
+            elif layer.kind == "normalize" and index:
+                yield Violation(subject, rule.wording, f"layer {index}", "layer 0", rule.remedy)
+            elif layer.kind == "relu" and spikes:
+                yield Violation(
+                    subject, "neurons are of one kind", "relu among spikes", "spikes only", "use snntorch.Leaky"
+                )
+            shape: Shape = ()
+            if problem := _misfit_of_options(layer):
+                yield problem
+            elif not missing and all(self.shapes[name] for name in sources):
+                shape = output_shape(layer, [self.shapes[name] for name in sources])
+                if not shape:
+                    read = " and ".join(str(self.shapes[name]) for name in sources)
+                    actual = f"{layer.kind} after {read}"
+                    yield Violation(subject, "fits the shape before it", actual, "a matching shape", "check sizes")
+            self.shapes[layer.name] = shape
+            self.signals[layer.name] = rule.gives or signal
+            passes = layer.kind in ("flatten", "dropout") and known
+            self.kinds[layer.name] = self.kinds[known[0]] if passes else layer.kind
+            previous = layer.name
+
+
+def _misfit_of_options(layer: Layer) -> Violation | None:
+    subject = layer.path or layer.name
+    if set(layer.options) != OPTIONS[layer.kind]:
+        allowed = ", ".join(sorted(OPTIONS[layer.kind])) or "none"
+        has = ", ".join(sorted(layer.options)) or "none"
+        return Violation(subject, "has the options of its kind", has, allowed, "export it again")
+    impossible = _impossible_options(layer)
+    return Violation(subject, "options are possible", *impossible, "check sizes") if impossible else None
 
 
 def _impossible_options(layer: Layer) -> tuple[str, str] | None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.models.graph import LayerKind, Options, Shape
-from pipeline.models.layers import Add, Normalize, Scale
-from pipeline.neurons import Leaky
+from pipeline.models.layers import Normalize, Scale
+from pipeline.neurons import MIN_THRESHOLD, Leaky
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,7 @@ class Unsupported(Exception):  # control flow inside this module, never seen by 
         self.operation, self.allowed, self.remedy = operation, allowed, remedy
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One layer to be: its kind and options, and the module that holds its parameters."""
-
-    kind: LayerKind
-    options: Options
-    module: nn.Module | None = None
-
-
-_ALLOWED = "conv, linear, batch norm, ReLU, average pooling, flatten, dropout, sums, scalar products"
+_ALLOWED = "conv, linear, batch norm, ReLU or snntorch.Leaky, average pooling, flatten, dropout, sums, scalar products"
 _REMEDIES: Mapping[str, str] = {
     "maxpool": "use nn.AvgPool2d: a maximum over spikes has no integer synapse",
     "softmax": "return logits; the loss applies the softmax",
@@ -53,10 +44,17 @@ _REMEDIES: Mapping[str, str] = {
     "tanh": "use nn.ReLU, which spiking neurons replace",
     "sigmoid": "use nn.ReLU, which spiking neurons replace",
     "silu": "use nn.ReLU, which spiking neurons replace",
-    "sub": "add with a scalar factor of -1",
-    "cat": "use a sum: concatenated channels are two layers into one",
-    "size": "use torch.flatten(x, 1)",
+    "softplus": "use nn.ReLU, which spiking neurons replace",
     "synaptic": "use snntorch.Leaky: current decay is for imported graphs only",
+    "leaky": "use snntorch.Leaky: one first-order neuron, without recurrent synapses",
+    "lapicque": "use snntorch.Leaky with the same decay",
+    "sub": "add with a scalar factor of -1",
+    "neg": "multiply by -1",
+    "cat": "use a sum: concatenated channels are two layers into one",
+    "stack": "return the logits of one time step, without a loop over time",
+    "permute": "use torch.flatten(x, 1)",
+    "unflatten": "use torch.flatten(x, 1)",
+    "dropout": "use nn.Dropout",
 }
 
 
@@ -113,20 +111,29 @@ def _read_linear(linear: nn.Linear, _: Shape) -> tuple[LayerKind, Options]:
 def _read_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, _: Shape) -> tuple[LayerKind, Options]:
     if not norm.track_running_stats or not norm.affine:
         raise Unsupported("a batch norm without statistics or affine", "both", "use the defaults")
-    momentum = 0.1 if norm.momentum is None else norm.momentum
+    if norm.momentum is None:
+        raise Unsupported("a batch norm that averages over all batches", "a momentum", "give one, such as 0.1")
     spatial = isinstance(norm, nn.BatchNorm2d)
-    return "batch_norm", {"features": norm.num_features, "eps": norm.eps, "momentum": momentum, "spatial": spatial}
+    return "batch_norm", {"features": norm.num_features, "eps": norm.eps, "momentum": norm.momentum, "spatial": spatial}
 
 
 def _read_leaky(neuron: snntorch.Leaky, _: Shape) -> tuple[LayerKind, Options]:
-    if neuron.beta.numel() != 1 or neuron.threshold.numel() != 1:
-        raise Unsupported("a beta or threshold per neuron", "one per layer", "use scalars")
+    if any(value.numel() != 1 for value in (neuron.beta, neuron.threshold, neuron.graded_spikes_factor)):
+        raise Unsupported("a beta, threshold or factor per neuron", "one per layer", "use scalars")
     if neuron.inhibition or neuron.state_quant or float(neuron.graded_spikes_factor) != 1:
         raise Unsupported("inhibition, state quantisation or graded spikes", "plain spikes", "use the defaults")
-    reset = neuron.reset_mechanism
-    if reset == "none" or (reset == "subtract" and type(neuron) is not Leaky):
+    is_ours, reset = type(neuron) is Leaky, neuron.reset_mechanism
+    if reset == "none" or (reset == "subtract" and not is_ours):
         raise Unsupported(f"reset {reset!r}", "reset 'zero'", "set reset_mechanism='zero' and fine-tune")
-    return "spike", {"beta": float(neuron.beta.clamp(0, 1)), "subtract": reset == "subtract"}
+    threshold = neuron.threshold.item()
+    if not is_ours and not threshold >= MIN_THRESHOLD:
+        remedy = "multiply it and the weights and biases before it by one factor"
+        raise Unsupported(f"threshold {threshold:g}", f"{MIN_THRESHOLD} or more", remedy)
+    with torch.no_grad():
+        if not is_ours and neuron.spike_grad(torch.tensor([-1.0, 0.0, 1.0])).tolist() != [0, 0, 1]:
+            allowed = "1 above the threshold, 0 elsewhere"
+            raise Unsupported("a spike function of its own", allowed, "use one of snntorch.surrogate")
+    return "spike", {"beta": float(neuron.beta.detach().clamp(0, 1)), "subtract": reset == "subtract"}
 
 
 def _average_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: Any, divisor: Any) -> tuple[LayerKind, Options]:
@@ -159,7 +166,6 @@ def _flatten(start: int, end: int) -> tuple[LayerKind, Options]:
 
 _MODULES: Mapping[type[nn.Module], Callable[[Any, Shape], tuple[LayerKind, Options]]] = {
     Normalize: lambda m, _: ("normalize", {"features": len(m.mean)}),
-    Add: lambda *_: ("add", {}),
     Scale: lambda m, _: ("scale", {"learned": isinstance(m.value, nn.Parameter)}),
     nn.Conv2d: _read_conv,
     nn.Linear: _read_linear,
@@ -177,7 +183,10 @@ _MODULES: Mapping[type[nn.Module], Callable[[Any, Shape], tuple[LayerKind, Optio
 
 
 def _arguments(node: torch.fx.Node, function: Callable[..., Any]) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    try:
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    except TypeError as error:
+        raise Unsupported(f"unusual arguments ({error})", "the usual arguments", "use the layer of torch.nn") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
@@ -188,19 +197,21 @@ def _call_flatten(node: torch.fx.Node, _: Shape) -> list[Step]:
 
 
 def _call_avg_pool(node: torch.fx.Node, _: Shape) -> list[Step]:
-    return [Step(*_avg_pool2d(*node.args, **node.kwargs))]
+    given = _arguments(node, _avg_pool2d)
+    options = ("kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
+    return [Step(*_average_pool(*(given[name] for name in options)))]
 
 
 def _avg_pool2d(
-    input: Any,  # noqa: ARG001
+    input: Any,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: Any = False,
-    count_include_pad: Any = True,  # noqa: ARG001
+    count_include_pad: Any = True,
     divisor_override: Any = None,
-) -> tuple[LayerKind, Options]:
-    return _average_pool(kernel_size, stride, padding, ceil_mode, divisor_override)
+) -> None:
+    """The arguments of torch's function, whose own signature cannot be read."""
 
 
 def _call_adaptive_pool(node: torch.fx.Node, shape: Shape) -> list[Step]:

@@ -129,12 +129,11 @@ def rebuild(traced: TracedNetwork, steps: int) -> RateNetwork | SpikingNetwork:
     for name, module in traced.modules.items():
         target = network.layers[name]
         if isinstance(target, Leaky):
-            threshold = cast(Tensor, module.threshold).detach()
+            threshold = cast(Tensor, module.threshold).detach().float().reshape(())
             # snnTorch spikes above the threshold, we at it: the next number up makes both the same.
-            exact = (
-                threshold if isinstance(module, Leaky) else torch.nextafter(threshold, threshold.new_tensor(torch.inf))
-            )
-            target.load_state_dict({"threshold": exact.reshape(())})
+            is_ours = isinstance(module, Leaky)
+            exact = threshold if is_ours else torch.nextafter(threshold, threshold.new_tensor(torch.inf))
+            target.load_state_dict({"threshold": exact})
         else:
             target.load_state_dict(module.state_dict())
     return network
