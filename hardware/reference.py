@@ -14,16 +14,21 @@ from hardware.trace import PopulationTrace, Record, Trace
 Int64Array = NDArray[np.int64]
 
 
-def run_reference(network: IntegerNetwork, codes: IntArray, record: Record = "traces") -> Trace:
+def run_reference(
+    network: IntegerNetwork, codes: IntArray, record: Record = "traces", *, state_limit: int = STATE_LIMIT
+) -> Trace:
     """Run samples one step at a time.
 
     Args:
         network: what to run.
         codes: ``(samples, *shape)``, or ``(samples, steps, *shape)`` for inputs that change over time.
         record: "traces" keeps every spike and membrane, "readouts" only the sums.
+        state_limit: where membranes saturate. A wider one than the chip's 24 bits shows what a network of wider
+            integers would do; int64 must hold 4096 times it.
 
     Returns:
-        A complete trace; the readout's membranes are recorded, its spikes do not exist.
+        A complete trace; the readout's membranes are recorded, its spikes do not exist. Membranes that need more
+        than 32 bits are absent.
     """
     presented = network.input.present(codes, network.steps)
     samples = len(presented)
@@ -32,6 +37,7 @@ def run_reference(network: IntegerNetwork, codes: IntArray, record: Record = "tr
     membranes = {p.name: np.zeros((samples, *p.shape), np.int64) for p in network.populations}
     readouts = np.zeros((samples, network.classes), np.int64)
     spike_history: dict[str, list[NDArray[np.bool_]]] = {p.name: [] for p in network.populations}
+    fits_record = state_limit <= np.iinfo(np.int32).max
     membrane_history: dict[str, list[NDArray[np.int32]]] = {p.name: [] for p in network.populations}
 
     for step in range(network.steps):
@@ -44,7 +50,7 @@ def run_reference(network: IntegerNetwork, codes: IntArray, record: Record = "tr
             )
             u = decay(currents[name], population.current_decay) + (total << FRACTION_BITS)
             v = decay(membranes[name], population.voltage_decay) + u + (population.bias << FRACTION_BITS)
-            v = np.clip(v, -STATE_LIMIT, STATE_LIMIT)
+            v = np.clip(v, -state_limit, state_limit)
             if population.spiking:
                 threshold = population.threshold << FRACTION_BITS
                 spikes = v > threshold
@@ -54,7 +60,8 @@ def run_reference(network: IntegerNetwork, codes: IntArray, record: Record = "tr
             else:
                 readouts += total.reshape(samples, population.size) + population.bias.reshape(-1)
             currents[name], membranes[name] = u, v
-            membrane_history[name].append(v.reshape(samples, population.size).astype(np.int32))
+            if fits_record:
+                membrane_history[name].append(v.reshape(samples, population.size).astype(np.int32))
 
     if record == "readouts":
         return Trace(readouts)
@@ -63,7 +70,7 @@ def run_reference(network: IntegerNetwork, codes: IntArray, record: Record = "tr
         {
             p.name: PopulationTrace(
                 np.stack(spike_history[p.name], axis=1) if p.spiking else None,
-                np.stack(membrane_history[p.name], axis=1),
+                np.stack(membrane_history[p.name], axis=1) if fits_record else None,
             )
             for p in network.populations
         },

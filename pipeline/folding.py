@@ -1,52 +1,100 @@
 """Mapping without rounding: a float SNN as populations and synapses with real weights.
 
-Batch norm is one affine per channel in eval mode and folds into the weights before it; average pooling folds into
-the weights after it; normalisation folds into the first weights, its constant part as a kernel of its own, because
-the network pads *after* normalising and so the constant part is missing where the kernel hangs over the border.
+What enters neurons is linear in earlier spikes, so everything between neurons folds into synapses and biases. Batch
+norm is one affine per channel in eval mode and folds into all synapses that enter it; average pooling folds into the
+weights after it; residual sums become synapses from every population that is summed, identities included, however many
+blocks ago it spiked. Normalisation folds into the first weights, its constant part as a kernel of its own, because the
+network pads *after* normalising and so the constant part is missing where the kernel hangs over the border.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.models.graph import Layer, Shape
+from hardware.errors import RuleViolations, Violation
+from pipeline.models.graph import INPUT, Layer, Shape
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.neurons import MIN_THRESHOLD
 
 Float64Array = NDArray[np.float64]
 PIXEL_LEVELS = 255
+READOUT = "readout"
+
+
+@dataclass(frozen=True)
+class RealSynapse:
+    """What one population feels of another, in real units.
+
+    Attributes:
+        source: name of the population it reads, or "input" (whose activity is pixel codes 0..255).
+        kind: conv ``(out, in, kernel, kernel)`` or dense ``(out, in)``.
+        weight: per spike, or per pixel code.
+        constant: what a constant input adds through the same geometry, per kernel tap ``(out, kernel, kernel)``; None
+            if nothing (dense synapses put it into the bias).
+        stride, padding: of a conv.
+    """
+
+    source: str
+    kind: Literal["conv", "dense"]
+    weight: Float64Array
+    constant: Float64Array | None = None
+    stride: int = 1
+    padding: int = 0
+
+    def scaled(self, factor: Float64Array) -> RealSynapse:
+        """Multiplied by a factor per output ``(out,)`` (or one for all, ``(1,)``)."""
+        weight = self.weight * factor.reshape(-1, *([1] * (self.weight.ndim - 1)))
+        constant = None if self.constant is None else self.constant * factor[:, None, None]
+        return replace(self, weight=weight, constant=constant)
 
 
 @dataclass(frozen=True)
 class RealPopulation:
-    """One population and the synapse that enters it, in real units.
+    """One population and the synapses that enter it, in real units.
 
     Attributes:
         name: of the population.
-        source: name of the population it reads, or "input" (whose activity is pixel codes 0..255).
-        kind: conv ``(out, in, kernel, kernel)`` or dense ``(out, in)``.
-        weight: per spike, or per pixel code.
-        constant: what a constant input adds through the same geometry, per kernel tap: conv
-            ``(out, kernel, kernel)``; None if nothing (dense layers put it into the bias).
-        bias: ``(out,)`` per step.
+        shape: ``(channels, height, width)`` or ``(neurons,)``.
+        synapses: one per source.
+        bias: ``(channels,)`` or ``(neurons,)`` per step.
         threshold: None for the readout.
-        shape: of the population.
+        beta: share of the membrane kept from step to step.
+        subtract: whether the reset subtracts the threshold.
     """
 
     name: str
-    source: str
-    kind: Literal["conv", "dense"]
-    weight: Float64Array
-    constant: Float64Array | None
+    shape: Shape
+    synapses: tuple[RealSynapse, ...]
     bias: Float64Array
     threshold: float | None
+    beta: float = 1.0
+    subtract: bool = False
+
+
+@dataclass(frozen=True)
+class _Spikes:
+    """Spikes of a population (or pixels), averaged over square windows; flattened or not makes no difference."""
+
+    source: str
     shape: Shape
-    stride: int = 1
-    padding: int = 0
+    pooling: int = 1
+
+
+@dataclass(frozen=True)
+class _Current:
+    """A sum of synapses and a bias per channel."""
+
+    synapses: tuple[RealSynapse, ...]
+    bias: Float64Array
+    shape: Shape
+
+
+_Signal = _Spikes | _Current
 
 
 def fold(network: SpikingNetwork) -> list[RealPopulation]:
@@ -57,57 +105,128 @@ def fold(network: SpikingNetwork) -> list[RealPopulation]:
 
     Returns:
         One entry per spiking layer, and the readout last.
+
+    Raises:
+        RuleViolations: if a residual sum adds what no single grid of synapses can.
     """
-    state = {key: value.detach().double().numpy() for key, value in network.state_dict().items()}
-    shapes = network.graph.shapes()
+    graph = network.graph
+    state = {key: value.detach().double().cpu().numpy() for key, value in network.state_dict().items()}
+    shapes = graph.shapes()
     populations: list[RealPopulation] = []
-    mean: Float64Array = np.zeros(network.graph.input_shape[0])
-    std: Float64Array = np.ones(network.graph.input_shape[0])
-    current: RealPopulation | None = None
-    source, source_shape, pooling = "input", network.graph.input_shape, 1
-    for layer in network.graph.layers:
-        parameters = {
-            key.removeprefix(f"layers.{layer.name}."): value
-            for key, value in state.items()
-            if key.startswith(f"layers.{layer.name}.")
-        }
+    image: _Signal = _Spikes(INPUT, graph.input_shape)
+    normalization: dict[str, Float64Array] = {}
+
+    def apply(layer: Layer, read: Sequence[_Signal]) -> _Signal:
+        stem = f"layers.{layer.name}."
+        parameters = {key.removeprefix(stem): value for key, value in state.items() if key.startswith(stem)}
+        value = read[0]
         if layer.kind == "normalize":
-            mean, std = parameters["mean"], parameters["std"]
-        elif layer.kind == "avg_pool":
-            pooling *= int(layer.options["kernel_size"])
-        elif layer.kind in ("conv", "linear"):
-            weight, bias = parameters["weight"], parameters["bias"]
-            current = _weighted(layer, weight, bias, source, source_shape, pooling, shapes[layer.name])
-            if source == "input":
-                current = fold_normalization(current, mean, std, source_shape)
-            pooling = 1
-        elif layer.kind == "batch_norm" and current is not None:
-            current = fold_batch_norm(current, parameters, float(layer.options["eps"]))
-        elif layer.kind == "spike" and current is not None:
+            normalization.update(parameters)
+        elif layer.kind == "add":
+            value = _added(layer, [_as_current(one) for one in read])
+        elif layer.kind == "scale":
+            value = _scaled(_as_current(value), parameters["value"].reshape(1))
+        elif isinstance(value, _Spikes):
+            if layer.kind == "avg_pool":
+                value = replace(value, pooling=value.pooling * int(layer.options["kernel_size"]))
+            elif layer.kind in ("conv", "linear"):
+                value = _weighted(layer, parameters, value, shapes[layer.name])
+                if value.synapses[0].source == INPUT and normalization:
+                    value = _normalized(value, normalization, graph.input_shape)
+                elif value.synapses[0].source == INPUT:
+                    value = replace(value, synapses=(_per_code(value.synapses[0]),))
+        elif layer.kind == "batch_norm":
+            scale = parameters["weight"] / np.sqrt(parameters["running_var"] + float(layer.options["eps"]))
+            moved = _scaled(value, scale)
+            value = replace(moved, bias=moved.bias + parameters["bias"] - parameters["running_mean"] * scale)
+        elif layer.kind == "spike":
             threshold = max(float(parameters["threshold"]), MIN_THRESHOLD)
-            populations.append(replace(current, name=layer.name, threshold=threshold))
-            source, source_shape = layer.name, current.shape
-    assert current is not None
-    return [*populations, replace(current, name="readout")]
+            beta, subtract = float(layer.options["beta"]), bool(layer.options["subtract"])
+            populations.append(_population(layer.name, value, threshold, beta, subtract))
+            value = _Spikes(layer.name, value.shape)
+        return value
+
+    readout = graph.evaluate(image, apply)
+    assert isinstance(readout, _Current)
+    return [*populations, _population(READOUT, readout, None, 1.0, False)]
 
 
-def _weighted(
-    layer: Layer,
-    weight: Float64Array,
-    bias: Float64Array,
-    source: str,
-    source_shape: Shape,
-    pooling: int,
-    shape: Shape,
-) -> RealPopulation:
+def _population(name: str, current: _Current, threshold: float | None, beta: float, subtract: bool) -> RealPopulation:
+    return RealPopulation(name, current.shape, current.synapses, current.bias, threshold, beta, subtract)
+
+
+def _weighted(layer: Layer, parameters: Mapping[str, Float64Array], source: _Spikes, shape: Shape) -> _Current:
+    weight = parameters["weight"]
+    bias = parameters.get("bias", np.zeros(len(weight)))
     if layer.kind == "conv":
-        stride, padding = int(layer.options["stride"]), int(layer.options["padding"])
+        pooling, stride, padding = source.pooling, int(layer.options["stride"]), int(layer.options["padding"])
         pooled = fold_pooling_into_conv(weight, pooling)
-        return RealPopulation(
-            layer.name, source, "conv", pooled, None, bias, None, shape, stride * pooling, padding * pooling
-        )
-    unpooled = fold_pooling_into_dense(weight, source_shape, pooling)
-    return RealPopulation(layer.name, source, "dense", unpooled, None, bias, None, shape)
+        synapse = RealSynapse(source.source, "conv", pooled, None, stride * pooling, padding * pooling)
+    else:
+        synapse = RealSynapse(source.source, "dense", fold_pooling_into_dense(weight, source.shape, source.pooling))
+    return _Current((synapse,), bias, shape)
+
+
+def _as_current(value: _Signal) -> _Current:
+    """Spikes that enter a sum do so through synapses that change nothing."""
+    if isinstance(value, _Current):
+        return value
+    identity = np.eye(value.shape[0])
+    if len(value.shape) == 1:
+        return _Current((RealSynapse(value.source, "dense", identity),), np.zeros(value.shape[0]), value.shape)
+    channels, height, width = value.shape
+    pooled = fold_pooling_into_conv(identity[:, :, None, None], value.pooling)
+    synapse = RealSynapse(value.source, "conv", pooled, None, value.pooling)
+    shape = (channels, height // value.pooling, width // value.pooling)
+    return _Current((synapse,), np.zeros(channels), shape)
+
+
+def _scaled(current: _Current, factor: Float64Array) -> _Current:
+    return replace(
+        current, synapses=tuple(synapse.scaled(factor) for synapse in current.synapses), bias=current.bias * factor
+    )
+
+
+def _added(layer: Layer, terms: Sequence[_Current]) -> _Current:
+    by_source: dict[str, RealSynapse] = {}
+    for synapse in (synapse for term in terms for synapse in term.synapses):
+        known = by_source.get(synapse.source)
+        merged = synapse if known is None else merge_synapses(known, synapse)
+        if merged is None:
+            rule = "a sum reads a source on one grid"
+            actual = f"strides {known.stride if known else 0} and {synapse.stride} over {synapse.source}"
+            raise RuleViolations(
+                "network", [Violation(layer.path or layer.name, rule, actual, "equal strides", "use the same stride")]
+            )
+        by_source[synapse.source] = merged
+    return _Current(tuple(by_source.values()), sum_of(term.bias for term in terms), terms[0].shape)
+
+
+def sum_of(arrays: Iterable[Float64Array]) -> Float64Array:
+    """Elementwise sum of at least one array."""
+    first, *others = arrays
+    return sum(others, first)
+
+
+def merge_synapses(first: RealSynapse, second: RealSynapse) -> RealSynapse | None:
+    """Two synapses between the same populations as one that does both; None if their strides differ."""
+    if first.kind != second.kind or (first.kind == "conv" and first.stride != second.stride):
+        return None
+    if first.kind == "dense":
+        return replace(first, weight=first.weight + second.weight)
+    padding = max(first.padding, second.padding)
+    reach = max(synapse.weight.shape[2] - synapse.padding for synapse in (first, second))
+    margins = [(padding - s.padding, reach - (s.weight.shape[2] - s.padding)) for s in (first, second)]
+    weight = sum_of(
+        np.pad(s.weight, ((0, 0), (0, 0), margin, margin)) for s, margin in zip((first, second), margins, strict=True)
+    )
+    constants = [
+        np.pad(s.constant, ((0, 0), margin, margin))
+        for s, margin in zip((first, second), margins, strict=True)
+        if s.constant is not None
+    ]
+    constant = sum_of(constants) if constants else None
+    return replace(first, weight=weight, constant=constant, padding=padding)
 
 
 def fold_pooling_into_conv(weight: Float64Array, pooling: int) -> Float64Array:
@@ -125,25 +244,20 @@ def fold_pooling_into_dense(weight: Float64Array, source_shape: Shape, pooling: 
     return spread.reshape(len(weight), -1)
 
 
-def fold_normalization(
-    population: RealPopulation, mean: Float64Array, std: Float64Array, input_shape: Shape
-) -> RealPopulation:
+def _per_code(synapse: RealSynapse) -> RealSynapse:
+    return replace(synapse, weight=synapse.weight / PIXEL_LEVELS)
+
+
+def _normalized(current: _Current, parameters: Mapping[str, Float64Array], input_shape: Shape) -> _Current:
     """``W (code / 255 - mean) / std`` as weights per code and a constant part per tap."""
-    if population.kind == "conv":
-        per_unit = population.weight / std[None, :, None, None]
+    mean, std = parameters["mean"], parameters["std"]
+    (synapse,) = current.synapses
+    if synapse.kind == "conv":
+        per_unit = synapse.weight / std[None, :, None, None]
         constant = -np.einsum("ocij,c->oij", per_unit, mean)
-        constant = None if not constant.any() else constant
-        return replace(population, weight=per_unit / PIXEL_LEVELS, constant=constant)
+        folded = replace(synapse, weight=per_unit, constant=constant if constant.any() else None)
+        return replace(current, synapses=(_per_code(folded),))
     positions = int(np.prod(input_shape[1:]))
-    per_unit = population.weight / std.repeat(positions)
-    bias = population.bias - per_unit @ mean.repeat(positions)
-    return replace(population, weight=per_unit / PIXEL_LEVELS, bias=bias)
-
-
-def fold_batch_norm(population: RealPopulation, norm: dict[str, Float64Array], eps: float) -> RealPopulation:
-    """Batch norm in eval mode is ``scale y + shift`` per channel."""
-    scale = norm["weight"] / np.sqrt(norm["running_var"] + eps)
-    per_channel = scale.reshape(-1, *([1] * (population.weight.ndim - 1)))
-    constant = None if population.constant is None else population.constant * scale[:, None, None]
-    bias = (population.bias - norm["running_mean"]) * scale + norm["bias"]
-    return replace(population, weight=population.weight * per_channel, constant=constant, bias=bias)
+    per_unit = synapse.weight / std.repeat(positions)
+    bias = current.bias - per_unit @ mean.repeat(positions)
+    return replace(current, synapses=(_per_code(replace(synapse, weight=per_unit)),), bias=bias)

@@ -1,11 +1,14 @@
 """Float SNN to integer network: one scale per population, searched under the target's limits.
 
-An integrate-and-fire population is unchanged when its weights, bias and threshold are scaled together, so the scale
-is free: the one whose integer spikes differ least from the float ones on training images is taken.
+A population is unchanged when its weights, biases and threshold are scaled together, so the scale is free: the one
+whose integer spikes differ least from the float ones on training images is taken. Populations are searched front to
+back, each on what the integer populations before it did, which is recorded once.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,22 +16,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.emulator import run_emulator
 from hardware.errors import RuleViolations, Violation
-from hardware.network import INPUT, InputSpec, IntegerNetwork, Population, Synapse
-from hardware.targets.loihi2 import LOIHI2, MAX_BIAS, check
+from hardware.network import FRACTION_BITS, INPUT, STATE_LIMIT, IntegerNetwork
+from hardware.targets.loihi2 import (
+    LOIHI2,
+    MAX_BIAS,
+    MAX_VTH_MANTISSA,
+    decays_fit_12_bits,
+    membranes_reset_to_zero,
+    neurons_fit_one_chip,
+)
+from hardware.targets.rules import check
 from pipeline.attacks.targets import to_images
+from pipeline.attribution import EVERYTHING, AttributionRow, Spikes, attribute, compare, relative_error
 from pipeline.folding import RealPopulation, fold
+from pipeline.integer_population import RecordedActivity, Response, channels_together, respond, sum_bounds
+from pipeline.integer_recipe import (
+    MAX_CODE,
+    Grid,
+    RoundedPopulation,
+    assemble,
+    require_finite,
+    round_population,
+    rounding_order,
+)
+from pipeline.models.graph import Shape
 from pipeline.models.spiking import SpikingNetwork
+from pipeline.number_formats import target_format
 from pipeline.progress import track
-from pipeline.rounding import MAX_INPUTS, InputStatistics, input_statistics, round_compensated
+from pipeline.rounding import InputStatistics, input_statistics
 
-MAX_CODE = 255
-# Loihi keeps only even weights of mixed-sign dense synapses, so their mantissas are shifted by one bit.
-EXPONENT = {"conv": 0, "dense": 1}
+MIN_BITS, MAX_BITS = 2, 8
 # Scales tried, relative to the largest the target takes; above 1, large weights are clipped.
 CANDIDATES = tuple(np.geomspace(0.5, 1.35, 24))
+SCALE_STEP = 0.95
 SMALLEST_SCALE = 2.0**-12
+# Connections times steps times images: for all populations together, for one candidate scale, for one hybrid.
+TOTAL_WORK, SEARCH_WORK, ATTRIBUTION_WORK = 10**11, 10**9, 2 * 10**9
+MIN_IMAGES, MIN_SEARCH_IMAGES = 16, 4
+ACTIVITY_BYTES = 2**29
+RECORD_BYTES = 2**26
+
+SCALABLE = replace(
+    LOIHI2,
+    rules=tuple(
+        rule for rule in LOIHI2.rules if rule not in (membranes_reset_to_zero, decays_fit_12_bits, neurons_fit_one_chip)
+    ),
+)
+"""The target's rules that a scale can keep; what no scale mends is for `check` to say."""
 
 
 @dataclass(frozen=True)
@@ -39,283 +74,271 @@ class ScaleChoice:
         scale: weight units per real unit.
         disagreement: share of spikes that differ from the float model's on the calibration images; for the readout
             the root mean square error of the logits relative to their own root mean square.
+        bits: of its weights.
+        exponents: by source of its synapses: weights are multiples of two to this power.
     """
 
     population: str
     scale: float
     disagreement: float
+    bits: int
+    exponents: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """An integer network and how its scales were chosen."""
+    """An integer network, how its scales were chosen, and what its difference to the float SNN comes from."""
 
     network: IntegerNetwork
     choices: tuple[ScaleChoice, ...]
+    attribution: tuple[AttributionRow, ...]
 
 
 def quantize(
-    network: SpikingNetwork, calibration: NDArray[np.uint8], bits: int, provenance: Mapping[str, Any]
+    network: SpikingNetwork,
+    calibration: NDArray[np.uint8],
+    bits: int | Mapping[str, int],
+    provenance: Mapping[str, Any],
 ) -> Quantization:
     """Quantise a float SNN.
 
     Args:
         network: the float SNN; it is not changed.
-        calibration: uint8 ``(samples, *shape)`` training images.
-        bits: of every weight, 2 to 8.
+        calibration: uint8 ``(samples, *shape)`` training images; of large networks the first ones only are used.
+        bits: of every weight, 2 to 8, or by population, the readout included.
         provenance: plain facts to keep with the network.
 
     Raises:
         SpikeguardError: if weights are not finite, or a population cannot fit the target at any scale.
     """
+    network = copy.deepcopy(network).cpu().eval()
     populations = fold(network)
     require_finite(populations)
-    recipe = Recipe(tuple(populations), network.graph.input_shape, network.steps, bits, provenance)
-    logits, activity = network.record(to_images(calibration))
-    scales = fitting_scales(recipe)
-    choices = []
+    widths = bits_by_population(populations, bits)
+    shapes = {INPUT: network.graph.input_shape, **{population.name: population.shape for population in populations}}
+    fitted = fitting_grids(populations, widths, shapes, network.steps, provenance)
+
+    work = {p.name: network.steps * _connections(p) for p in populations}
+    neurons = sum(math.prod(population.shape) for population in populations)
+    samples = min(
+        _affordable(TOTAL_WORK, sum(work.values()), MIN_IMAGES, len(calibration)),
+        _affordable(ACTIVITY_BYTES, 2 * network.steps * neurons, MIN_IMAGES, len(calibration)),
+    )
+    activity = RecordedActivity(calibration[:samples], network.steps)
+    spikes, logits = _record(network, activity.codes)
+    search = _Search(activity, shapes, spikes, logits)
+    rounded, choices = [], []
     with track("quantise", len(populations)) as advance:
         for population in populations:
-            recipe = recipe.with_statistics(population, scales, calibration)
-            float_spikes = activity[population.name].spikes.numpy() if population.name in activity else None
-            candidates = [
-                choice
-                for factor in CANDIDATES
-                if (
-                    choice := _try_scale(
-                        recipe,
-                        scales,
-                        population.name,
-                        factor,
-                        calibration,
-                        float_spikes,
-                        logits.double().numpy(),
-                    )
-                )
-            ]
-            best = min(candidates, key=lambda choice: choice.disagreement)
-            scales[population.name] = best.scale
-            choices.append(best)
-            advance(f"{best.population}: {best.disagreement:.2%} differ")
-    return Quantization(recipe.assemble(scales), tuple(choices))
+            few = _affordable(SEARCH_WORK, work[population.name], MIN_SEARCH_IMAGES, samples)
+            found = search.best(population, fitted[population.name], few)
+            if found is None:
+                tried = [round_population(p, fitted[p.name], shapes[INPUT]) for p in populations]
+                raise _refusal(tried, shapes[INPUT], network.steps, provenance)
+            one, choice = found
+            rounded.append(one)
+            choices.append(choice)
+            advance(f"{choice.population}: {choice.disagreement:.2%} differ")
+    deployed = assemble(rounded, shapes[INPUT], network.steps, provenance)
+    if problems := check(deployed, SCALABLE):
+        raise RuleViolations(f"quantised network on {LOIHI2.name}", problems)
+    readout = deployed.logits(search.readouts)
+    everything = compare(EVERYTHING, activity.spikes, readout, spikes, logits)
+    few = _affordable(ATTRIBUTION_WORK, sum(work.values()), MIN_SEARCH_IMAGES, samples)
+    some = {name: values[:few] for name, values in spikes.items()}
+    parts = attribute(populations, rounded, activity.codes[:few], network.steps, some, logits[:few])
+    return Quantization(deployed, tuple(choices), (*parts, everything))
 
 
-def _try_scale(
-    recipe: Recipe,
-    scales: Mapping[str, float],
-    name: str,
-    factor: float,
-    calibration: NDArray[np.uint8],
-    float_spikes: NDArray[np.bool_] | None,
-    float_logits: NDArray[np.float64],
-) -> ScaleChoice | None:
-    """How far one population differs at ``factor`` times its fitting scale; None if the target refuses it there."""
-    scale = factor * scales[name]
-    try:
-        candidate = recipe.assemble({**scales, name: scale})
-    except RuleViolations:
-        return None
-    if check(candidate, LOIHI2):
-        return None
-    trace = run_emulator(candidate, calibration, record="traces")
-    if float_spikes is None:
-        error = candidate.logits(trace.readouts) - float_logits
-        return ScaleChoice(name, scale, float(np.sqrt(np.mean(error**2) / np.mean(float_logits**2))))
-    spikes = trace.populations[name].spikes
-    return ScaleChoice(name, scale, float(np.mean(spikes != float_spikes)))
+def bits_by_population(populations: Sequence[RealPopulation], bits: int | Mapping[str, int]) -> dict[str, int]:
+    """Bits of the weights that enter each population.
 
-
-def require_finite(populations: Sequence[RealPopulation]) -> None:
-    """Refuse NaN and infinite parameters, naming every population that has them."""
+    Raises:
+        RuleViolations: for every population without bits, bits without a population, and impossible number.
+    """
+    names = [population.name for population in populations]
+    widths = dict.fromkeys(names, bits) if isinstance(bits, int) else dict(bits)
+    remedy = f"give bits for {', '.join(names)}"
     problems = [
-        Violation(
-            population.name,
-            "parameters are finite",
-            "NaN or infinite values",
-            "finite numbers",
-            "train again with a lower learning rate",
-        )
-        for population in populations
-        if not all(
-            values is None or np.isfinite(values).all()
-            for values in (population.weight, population.constant, population.bias, population.threshold)
-        )
+        *(
+            Violation(n, "every population has its bits", "none", "one number", remedy)
+            for n in names
+            if n not in widths
+        ),
+        *(Violation(n, "bits are of a population", n, "its name", remedy) for n in widths if n not in names),
+        *(
+            Violation(n, "weights have 2 to 8 bits", str(width), f"{MIN_BITS}..{MAX_BITS}", "choose within the range")
+            for n, width in widths.items()
+            if not MIN_BITS <= width <= MAX_BITS
+        ),
     ]
     if problems:
-        raise RuleViolations("float network", problems)
+        raise RuleViolations("bits of the quantiser", problems)
+    return widths
 
 
-def largest_scale(population: RealPopulation, bits: int) -> float:
-    """Scale at which the largest weight just fits its mantissa (without any weight, the threshold)."""
-    largest = float(np.abs(population.weight).max()) or population.threshold or 1.0
-    mantissa: int = 2 ** (bits - 1) - 1
-    return (mantissa << EXPONENT[population.kind]) / largest
+def fitting_grids(
+    populations: Sequence[RealPopulation],
+    bits: Mapping[str, int],
+    shapes: Mapping[str, Shape],
+    steps: int,
+    provenance: Mapping[str, Any],
+) -> dict[str, Grid]:
+    """For each population the largest scale, in steps of 5 %, at which the target takes it, and its exponents there.
 
-
-def fitting_scales(recipe: Recipe) -> dict[str, float]:
-    """For each population the largest scale, in steps of 5 %, at which the target takes it.
+    Where several populations read pixels, the constant input channel has one code, the largest that any of them may
+    need at any scale that is tried.
 
     Raises:
         RuleViolations: if something still does not fit at a tiny scale.
     """
-    ceilings = {population.name: largest_scale(population, recipe.bits) for population in recipe.populations}
-    scales = dict(ceilings)
+    grids = {p.name: _fitting_grid(p, bits[p.name], shapes, steps) for p in populations}
+    tried = [round_population(p, grids[p.name], shapes[INPUT]) for p in populations if p.name in grids]
+    if any(headroom(one, shapes, steps) < 1 for one in tried):
+        raise _refusal(tried, shapes[INPUT], steps, provenance)
+    readers = [p for p in populations if any(synapse.source == INPUT for synapse in p.synapses)]
+    if len(readers) > 1:
+        largest = [_scaled(grids[p.name], CANDIDATES[-1]) for p in readers]
+        finest = [round_population(p, grid, shapes[INPUT]) for p, grid in zip(readers, largest, strict=True)]
+        code = min(max(one.constant.smallest_code for one in finest if one.constant is not None), MAX_CODE)
+        grids.update({p.name: replace(grids[p.name], constant_code=code) for p in readers})
+    return grids
+
+
+def _fitting_grid(real: RealPopulation, bits: int, shapes: Mapping[str, Shape], steps: int) -> Grid:
+    """The first grid that fits, or the one of a tiny scale."""
+    numbers = target_format(bits)
+    ceiling, shrunk = numbers.ceiling(real), 0
     while True:
-        problems = _problems_at(recipe, scales)
-        if not problems:
-            return scales
-        for name in {problem.object.split("->")[-1] for problem in problems}:
-            if name not in scales or scales[name] < SMALLEST_SCALE * ceilings[name]:
-                raise RuleViolations(f"quantised network on {LOIHI2.name}", problems)
-            scales[name] *= 0.95
+        scale = ceiling * SCALE_STEP**shrunk
+        grid = Grid(scale, numbers, numbers.exponents_at(real, scale))
+        room = headroom(round_population(real, grid, shapes[INPUT]), shapes, steps)
+        if room >= 1 or scale < SMALLEST_SCALE * ceiling:
+            return grid
+        # All limits are of what the scale multiplies, so this many steps at least are needed.
+        shrunk += max(1, int(np.log(room) / np.log(SCALE_STEP)))
 
 
-def _problems_at(recipe: Recipe, scales: Mapping[str, float]) -> list[Violation]:
+def _scaled(grid: Grid, factor: float) -> Grid:
+    return replace(grid, scale=factor * grid.scale)
+
+
+def headroom(rounded: RoundedPopulation, shapes: Mapping[str, Shape], steps: int) -> float:
+    """How many times larger everything could be before it breaks a rule of the target; below 1 it does.
+
+    Args:
+        rounded: the population; its weights are within their bits already.
+        shapes: of its sources.
+        steps: T.
+    """
+    population, constant = rounded.population, rounded.constant
+    if constant is not None and constant.code != constant.smallest_code:
+        if constant.code < constant.smallest_code:
+            return max(constant.code, 0.5) / constant.smallest_code
+    elif constant is not None and constant.code > MAX_CODE:
+        return MAX_CODE / constant.code
+    state_limit = STATE_LIMIT / 2**FRACTION_BITS
+    sums, bias = sum_bounds(rounded, shapes), population.bias
+    reached = [
+        (MAX_BIAS, np.abs(bias).max()),
+        (state_limit, max(-sums.lower.min(), sums.upper.max())),
+    ]
+    if population.spiking:
+        reached.append((MAX_VTH_MANTISSA, population.threshold))
+    else:
+        reached.append((state_limit / steps, max(-(sums.lower + bias).min(), (sums.upper + bias).max())))
+    return min(float(limit) / max(float(actual), 1e-300) for limit, actual in reached)
+
+
+def _refusal(
+    tried: Sequence[RoundedPopulation], input_shape: Shape, steps: int, provenance: Mapping[str, Any]
+) -> RuleViolations:
+    """What the target says to populations that fit at no scale (if it is not refused before it is a network)."""
     try:
-        return check(recipe.assemble(scales), LOIHI2)
+        problems = check(assemble(tried, input_shape, steps, provenance), SCALABLE)
     except RuleViolations as refusal:
-        return list(refusal.violations)
+        return refusal
+    return RuleViolations(f"quantised network on {LOIHI2.name}", problems)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """All that makes an integer network but the scales.
+@dataclass
+class _Search:
+    """Populations searched front to back; what each did is kept for those that read it.
 
     Attributes:
-        statistics: what populations read, by name; where known, weights are rounded with compensation.
+        activity: of the populations before, on the calibration images; grown by each search.
+        shapes: of all populations and the input.
+        spikes, logits: of the float SNN on the same images.
+        readouts: of the integer network, once the readout was searched.
     """
 
-    populations: tuple[RealPopulation, ...]
-    input_shape: tuple[int, ...]
-    steps: int
-    bits: int
-    provenance: Mapping[str, Any]
-    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    activity: RecordedActivity
+    shapes: Mapping[str, Shape]
+    spikes: Spikes
+    logits: NDArray[np.float64]
+    readouts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
-    def with_statistics(
-        self, population: RealPopulation, scales: Mapping[str, float], calibration: NDArray[np.uint8]
-    ) -> Recipe:
-        """The same recipe, knowing what ``population`` reads from the integer populations before it."""
-        if population.weight[0].size > MAX_INPUTS:
-            return self
-        source: NDArray[Any] = calibration
-        if population.source != INPUT:
-            trace = run_emulator(self.assemble(scales), calibration, record="traces")
-            spikes = trace.populations[population.source].spikes
-            shape = next(p.shape for p in self.populations if p.name == population.source)
-            source = np.asarray(spikes).reshape(-1, *shape)
-        statistics = {**self.statistics, population.name: input_statistics(population, source)}
-        return replace(self, statistics=statistics)
+    def best(self, real: RealPopulation, fitting: Grid, samples: int) -> tuple[RoundedPopulation, ScaleChoice] | None:
+        """The population at its best scale, judged on the first ``samples``; None if the target takes none."""
+        steps, input_shape = self.activity.steps, self.shapes[INPUT]
+        statistics = self._statistics(real, fitting)
+        found: tuple[float, RoundedPopulation, Response, Grid] | None = None
+        for factor in CANDIDATES:
+            grid = _scaled(fitting, factor)
+            rounded = round_population(real, grid, input_shape, statistics)
+            if headroom(rounded, self.shapes, steps) < 1:
+                continue
+            response = respond(rounded, self.activity, samples)
+            disagreement = self._disagreement(rounded, response)
+            if found is None or disagreement < found[0]:
+                found = disagreement, rounded, response, grid
+        if found is None:
+            return None
+        disagreement, rounded, response, grid = found
+        if samples < len(self.activity.codes):
+            response = respond(rounded, self.activity, len(self.activity.codes))
+            disagreement = self._disagreement(rounded, response)
+        if rounded.population.spiking:
+            self.activity.spikes[real.name] = response.spikes
+        else:
+            self.readouts = response.sums
+        exponents = {s.source: exponent for s, exponent in zip(real.synapses, grid.exponents, strict=True)}
+        return rounded, ScaleChoice(real.name, grid.scale, disagreement, grid.format.bits, exponents)
 
-    def assemble(self, scales: Mapping[str, float]) -> IntegerNetwork:
-        """Round everything at the given scales.
+    def _statistics(self, real: RealPopulation, grid: Grid) -> InputStatistics:
+        ordered = [real.synapses[i] for i in rounding_order(grid.exponents)]
+        return input_statistics(ordered, {synapse.source: self.activity[synapse.source] for synapse in ordered})
 
-        Raises:
-            RuleViolations: if what rounding gives is not a network, or the constant input has no code.
-        """
-        constant_codes: tuple[int, ...] = ()
-        rounded_populations, synapses = [], []
-        for real in self.populations:
-            scale = scales[real.name]
-            weight, bias = round_population(real, scale, self.bits, self.statistics.get(real.name))
-            if real.source == INPUT:
-                kernel, code, bias = split_constant(real, scale, bias, self.bits, self.input_shape)
-                if code:
-                    constant_codes = (code,)
-                    weight = np.concatenate([weight, kernel], axis=1)
-            synapses.append(
-                Synapse(
-                    real.source,
-                    real.name,
-                    real.kind,
-                    weight.astype(np.int32),
-                    self.bits,
-                    EXPONENT[real.kind],
-                    real.stride,
-                    real.padding,
-                )
-            )
-            per_neuron = np.rint(bias).reshape(-1, *([1] * (len(real.shape) - 1)))
-            rounded_populations.append(
-                Population(
-                    real.name,
-                    real.shape,
-                    0 if real.threshold is None else threshold_mantissa(real.threshold, scale),
-                    np.broadcast_to(per_neuron, real.shape).astype(np.int64),
-                    scale,
-                    spiking=real.threshold is not None,
-                )
-            )
-        return IntegerNetwork(
-            InputSpec(self.input_shape, MAX_CODE, constant_codes),
-            tuple(rounded_populations),
-            tuple(synapses),
-            self.steps,
-            self.provenance,
-        )
+    def _disagreement(self, rounded: RoundedPopulation, response: Response) -> float:
+        population, samples = rounded.population, len(response.spikes)
+        if population.spiking:
+            return float(np.mean(response.spikes != self.spikes[population.name][:samples]))
+        found = response.sums / (self.activity.steps * population.scale)
+        return relative_error(found, self.logits[:samples])
 
 
-def threshold_mantissa(threshold: float, scale: float) -> int:
-    """Mantissa of the strict comparison: on the integer grid u >= k is u > k - 1."""
-    return max(round(threshold * scale) - 1, 0)
+def _record(network: SpikingNetwork, codes: NDArray[np.uint8]) -> tuple[dict[str, Any], NDArray[np.float64]]:
+    """Spikes ``(samples, steps, *shape)`` by spiking layer, and logits, a few images at a time."""
+    shapes = network.graph.shapes()
+    largest = max(math.prod(shape) for shape in shapes.values())
+    group = max(1, RECORD_BYTES // (4 * largest * network.steps))
+    logits, spikes = [], []
+    for start in range(0, len(codes), group):
+        answer, activity = network.record(to_images(codes[start : start + group]))
+        logits.append(answer.double().numpy())
+        spikes.append({name: one.spikes.numpy() for name, one in activity.items()})
+    joined = {name: np.concatenate([part[name] for part in spikes]) for name in spikes[0]}
+    shaped = {
+        name: channels_together(values.reshape(*values.shape[:2], *shapes[name])) for name, values in joined.items()
+    }
+    return shaped, np.concatenate(logits)
 
 
-def round_population(
-    real: RealPopulation, scale: float, bits: int, statistics: InputStatistics | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weights as multiples of ``2**exponent`` that fit ``bits`` (larger ones are clipped), and the bias, not rounded.
-
-    With statistics of the inputs the errors are made to cancel, and the bias takes back their mean.
-    """
-    step, low, high = 2 ** EXPONENT[real.kind], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    if statistics is None:
-        rounded: NDArray[np.float64] = np.clip(np.rint(real.weight * scale / step), low, high) * step
-        return rounded, real.bias * scale
-    flat = (real.weight * scale).reshape(len(real.weight), -1)
-    compensated, mean_error = round_compensated(flat, statistics, low, high, step)
-    return compensated.reshape(real.weight.shape), real.bias * scale - mean_error
+def _connections(real: RealPopulation) -> int:
+    inputs: int = sum(synapse.weight[0].size for synapse in real.synapses)
+    return math.prod(real.shape) * inputs
 
 
-def split_constant(
-    real: RealPopulation, scale: float, bias: NDArray[np.float64], bits: int, input_shape: tuple[int, ...]
-) -> tuple[NDArray[np.float64], int, NDArray[np.float64]]:
-    """The constant part of the first layer as a constant input channel plus what is left for the bias.
-
-    The channel's code is the smallest whose kernel fits the weights' bits. Where one tap meets every output
-    position (the tap over the pixel itself), it carries the bias too, to the nearest multiple of the code, because
-    a chip's bias has too few bits for it.
-
-    Returns:
-        Kernel ``(out, 1, ...)`` with the geometry of the weights, the code (0 if no channel is needed), and the bias
-        ``(out,)`` that is left, all in weight units.
-
-    Raises:
-        RuleViolations: if no code is large enough at this scale.
-    """
-    exponent = EXPONENT[real.kind]
-    if real.kind == "conv":
-        taps = real.weight.shape[2]
-        needed = np.zeros((len(bias), taps, taps)) if real.constant is None else real.constant * scale
-        anchor: tuple[Any, ...] | None = (slice(None), real.padding, real.padding)
-        if taps < 2 * real.padding + 1:
-            anchor = None
-    else:
-        needed = np.zeros((len(bias), int(np.prod(input_shape[1:]))))
-        anchor = (slice(None), 0)
-    if not needed.any() and np.abs(bias).max(initial=0) <= MAX_BIAS:
-        return needed[:, None], 0, bias
-    if anchor is not None:
-        needed[anchor] += bias
-        bias = np.zeros_like(bias)
-    step = 2**exponent
-    code = max(1, int(np.ceil(np.abs(needed).max() / ((2 ** (bits - 1) - 1) * step))))
-    if code > MAX_CODE:
-        raise RuleViolations(
-            "quantised network",
-            [Violation(real.name, "constant input has 8 bits", str(code), str(MAX_CODE), "use a lower scale")],
-        )
-    kernel = np.rint(needed / (code * step)) * step
-    if anchor is not None:
-        bias = needed[anchor] - kernel[anchor] * code
-    shaped = kernel[:, None] if real.kind == "conv" else kernel
-    return shaped, code, bias
+def _affordable(budget: int, each: int, least: int, available: int) -> int:
+    """How many of the available ones, at a cost each, a budget pays for; at least ``least`` of them."""
+    return min(available, max(least, budget // each))

@@ -17,7 +17,7 @@ from hardware.files import MIB, read_bytes
 from pipeline.models.graph import Layer, LayerGraph, LayerKind
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
 
-FORMAT = "spikeguard.float/1"
+FORMAT = "spikeguard.float/2"
 SNN, ANN = "snn", "ann"
 MAX_PARAMETER_BYTES = 2048 * MIB
 MAX_STEPS = 1024
@@ -33,11 +33,13 @@ class _LayerModel(BaseModel):
     kind: LayerKind
     options: dict[str, bool | int | float]
     path: str
+    inputs: list[str]
+    block: str
 
 
 class _GraphModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    format: Literal["spikeguard.float/1"]
+    format: Literal["spikeguard.float/2"]
     input_shape: list[int]
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None
     layers: list[_LayerModel]
@@ -52,7 +54,14 @@ def float_files(network: SpikingNetwork | RateNetwork) -> dict[str, bytes]:
         "input_shape": list(network.graph.input_shape),
         "steps": network.steps if spiking else None,
         "layers": [
-            {"name": layer.name, "kind": layer.kind, "options": dict(layer.options), "path": layer.path}
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "options": dict(layer.options),
+                "path": layer.path,
+                "inputs": list(network.graph.sources[layer.name]),
+                "block": layer.block,
+            }
             for layer in network.graph.layers
         ],
     }
@@ -86,7 +95,10 @@ def _load_graph(path: Path) -> tuple[LayerGraph, int | None]:
     content = read_bytes(path, MIB)
     try:
         model = _GraphModel.model_validate_json(content)
-        layers = tuple(Layer(layer.name, layer.kind, layer.options, layer.path) for layer in model.layers)
+        layers = tuple(
+            Layer(layer.name, layer.kind, layer.options, layer.path, tuple(layer.inputs), layer.block)
+            for layer in model.layers
+        )
         return LayerGraph(tuple(model.input_shape), layers), model.steps
     except ValidationError as error:
         raise SpikeguardError(f"{path} is not a {FORMAT} file: {error}") from error

@@ -4,17 +4,15 @@ Images go through in groups so small that the activity of a layer stays in the c
 layer before the next layer. Until the first spikes everything is the same at every step and is computed once; after
 the last spikes everything is linear and is computed once for their average. Of convolutions and neurons only the
 currents that enter neurons are kept for the backward pass.
-
-On the CPU the neurons are those of :mod:`pipeline.models.neuron_kernels`; on other devices they are the torch function
-that training uses (:mod:`pipeline.neurons`), with the same spikes and gradients.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from hardware.errors import RuleViolations, Violation
-from hardware.surrogates import TRIANGLE, Rate, SpikeRule, Surrogate
+from hardware.surrogates import TRIANGLE, SpikeRule
 from hardware.twin import Rules
-from pipeline.models import neuron_kernels
-from pipeline.models.neuron_kernels import RULE_IDS, Array
+from pipeline.models.graph import Layer, LayerGraph
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.neurons import IntegrateAndFire
+from pipeline.neurons import Leaky, is_compiled
 
 # A group of images, at all steps: no more activity in a layer than the cache holds, but rows enough that the calls
 # and the reading of weights do not outweigh the work (measured).
@@ -47,9 +44,11 @@ class FoldedNetwork(nn.Module):
     def __init__(self, network: SpikingNetwork) -> None:
         super().__init__()
         self.steps = network.steps
-        self.layers = nn.ModuleDict(_fold(network))
+        self.graph, modules = _fold(network)
+        self.layers = nn.ModuleDict(modules)
         self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.neuron_names = tuple(name for name, _ in network.neurons())
+        self._shape_spikes = self.graph.before_last_spikes()
         self._largest_layer = max(math.prod(shape) for shape in network.graph.shapes().values())
 
     def forward(self, images: Tensor, rules: Rules = TRIANGLE) -> Tensor:
@@ -75,32 +74,33 @@ class FoldedNetwork(nn.Module):
             clipped: whether neurons answer with ``clip(x / threshold, 0, 1)``, the rate that an IF neuron approaches,
                 instead of ``max(x, 0)``.
         """
-        activity = images.unsqueeze(0)
-        for module in self.layers.values():
-            if isinstance(module, IntegrateAndFire):
-                activity = (activity / module.effective_threshold).clamp(0, 1) if clipped else activity.relu()
-            else:
-                activity = _advance(module, activity)
-        return activity[0]
+
+        def apply(layer: Layer, read: Sequence[Tensor]) -> Tensor:
+            module = self.layers[layer.name]
+            if not isinstance(module, Leaky):
+                return _advance(module, read)
+            return (read[0] / module.effective_threshold).clamp(0, 1) if clipped else read[0].relu()
+
+        return self.graph.evaluate(images.unsqueeze(0), apply)[0]
 
     def _group(self, images: Tensor, rules: Mapping[str, SpikeRule]) -> int:
         """Images that go through together: all on other devices, and for rules that may keep state."""
-        may_keep_state = torch.is_grad_enabled() and not all(_is_compiled(rule) for rule in rules.values())
+        may_keep_state = torch.is_grad_enabled() and not all(is_compiled(rule) for rule in rules.values())
         if images.device.type != "cpu" or may_keep_state:
             return max(1, len(images))
         bytes_per_row = self._largest_layer * images.element_size()
         return max(1, max(GROUP_ROWS, GROUP_BYTES // bytes_per_row) // self.steps)
 
     def _logits(self, images: Tensor, rules: Mapping[str, SpikeRule]) -> Tensor:
-        activity = images.unsqueeze(0)
-        for name, module in self.layers.items():
-            if not isinstance(module, IntegrateAndFire):
-                activity = _advance(module, activity)
-                continue
-            activity = _spikes(module, activity, self.steps, rules[name])
-            if name == self.neuron_names[-1]:
-                activity = activity.sum(0, keepdim=True) / self.steps
-        return activity[0]
+        def apply(layer: Layer, read: Sequence[Tensor]) -> Tensor:
+            module = self.layers[layer.name]
+            if not isinstance(module, Leaky):
+                return _advance(module, read)
+            spikes = module.sequence(read[0], self.steps, rules[layer.name])
+            return spikes if layer.name in self._shape_spikes else spikes.sum(0, keepdim=True) / self.steps
+
+        # What is linear and the same at every step already is its own average.
+        return self.graph.evaluate(images.unsqueeze(0), apply).mean(0)
 
     def _rules_by_name(self, rules: Rules) -> Mapping[str, SpikeRule]:
         if not isinstance(rules, Mapping):
@@ -119,53 +119,43 @@ class FoldedNetwork(nn.Module):
 _FUSIONS: Mapping[str, Callable[[Any, Any], nn.Module]] = {"conv": fuse_conv_bn_eval, "linear": fuse_linear_bn_eval}
 
 
-def _fold(network: SpikingNetwork) -> dict[str, nn.Module]:
-    """Copies of the layers, batch norm folded in float64 into the layer before it, dropout left out."""
-    folded: dict[str, nn.Module] = {}
-    fusion, weighted = "", ""
-    for layer in network.graph.layers:
-        module = copy.deepcopy(network.layers[layer.name]).eval().requires_grad_(False)
-        if layer.kind == "batch_norm":
-            folded[weighted] = _FUSIONS[fusion](folded[weighted].double(), module.double())
-        elif layer.kind != "dropout":
-            folded[layer.name] = module
-        if layer.kind in _FUSIONS:
-            fusion, weighted = layer.kind, layer.name
+def _fold(network: SpikingNetwork) -> tuple[LayerGraph, dict[str, nn.Module]]:
+    """The graph without dropout and, where a weighted layer alone feeds it, batch norm; and copies of the layers, such
+    batch norm folded in float64 into the layer before it.
+    """
+    graph = network.graph
+    modules = {
+        layer.name: copy.deepcopy(network.layers[layer.name]).eval().requires_grad_(False) for layer in graph.layers
+    }
+    stands_for: dict[str, str] = {}
+    kept: list[Layer] = []
+    for layer in graph.layers:
+        sources = tuple(stands_for.get(name, name) for name in graph.sources[layer.name])
+        before = graph.by_name.get(sources[0])
+        is_folded = (
+            layer.kind == "batch_norm"
+            and before is not None
+            and before.kind in _FUSIONS
+            and len(graph.readers(before.name)) == 1
+        )
+        if is_folded and before is not None:
+            modules[before.name] = _FUSIONS[before.kind](modules[before.name].double(), modules[layer.name].double())
+        if is_folded or layer.kind == "dropout":
+            stands_for[layer.name] = sources[0]
+        else:
+            kept.append(replace(layer, inputs=sources))
     dtype = next(network.parameters()).dtype
-    return {name: module.to(dtype) for name, module in folded.items()}
+    return LayerGraph(graph.input_shape, tuple(kept)), {layer.name: modules[layer.name].to(dtype) for layer in kept}
 
 
-def _advance(module: nn.Module, activity: Tensor) -> Tensor:
+def _advance(module: nn.Module, read: Sequence[Tensor]) -> Tensor:
     """One layer without neurons, at all steps."""
-    rows = activity.flatten(0, 1)
+    if len(read) > 1:
+        summed: Tensor = module(*read)
+        return summed
+    rows = read[0].flatten(0, 1)
     answer: Tensor = _convolve(module, rows) if isinstance(module, nn.Conv2d) else module(rows)
-    return answer.reshape(*activity.shape[:2], *answer.shape[1:])
-
-
-def _spikes(neurons: IntegrateAndFire, current: Tensor, steps: int, rule: SpikeRule) -> Tensor:
-    """0/1 spikes ``(steps, samples, *shape)``."""
-    if current.device.type != "cpu":
-        return torch_spikes(neurons, current, steps, rule)
-    threshold = float(neurons.effective_threshold)
-    spikes: Tensor = _CompiledSpikes.apply(current, threshold, steps, rule)  # type: ignore[no-untyped-call]
-    return spikes
-
-
-def torch_spikes(neurons: IntegrateAndFire, current: Tensor, steps: int, rule: SpikeRule) -> Tensor:
-    """The same in torch, for devices that the compiled neurons do not run on."""
-    spikes: Tensor
-    if not isinstance(rule, Rate):
-        spikes = neurons(current, steps, cast(Surrogate, rule))
-        return spikes
-    with torch.no_grad():
-        spikes = neurons(current, steps)
-    # Adds zero, and passes the gradient of every step to the current wherever the neuron spikes at all.
-    passed: Tensor = spikes.amax(0) * (current - current.detach())
-    return spikes + passed
-
-
-def _is_compiled(rule: SpikeRule) -> bool:
-    return isinstance(rule, Rate) or (type(rule) is Surrogate and rule.rule in RULE_IDS)
+    return answer.reshape(*read[0].shape[:2], *answer.shape[1:])
 
 
 def _convolve(layer: nn.Conv2d, rows: Tensor) -> Tensor:
@@ -189,50 +179,3 @@ class _Convolution(torch.autograd.Function):
         # Rows and columns at the far border that no kernel reaches.
         unread = [(size + 2 * padding - kernel) % stride for size in ctx.size]
         return F.conv_transpose2d(gradient, layer.weight, None, stride, padding, unread), None
-
-
-class _CompiledSpikes(torch.autograd.Function):
-    """All steps of a layer of neurons in one node."""
-
-    @staticmethod
-    def forward(ctx: Any, current: Tensor, threshold: float, steps: int, rule: SpikeRule) -> Tensor:
-        ctx.save_for_backward(current)
-        ctx.threshold, ctx.steps, ctx.rule = threshold, steps, rule
-        spikes = _empty(current, steps)
-        x = _flat(current)
-        neuron_kernels.fire(x, x.dtype.type(threshold), _flat(spikes))
-        return spikes
-
-    @staticmethod
-    def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor, None, None, None]:
-        (current,) = ctx.saved_tensors
-        rule: SpikeRule = ctx.rule
-        # An average over time has the same gradient at every step.
-        constant = grad_spikes.stride(0) == 0
-        grad_current = _empty(current, len(current))
-        x = _flat(current)
-        real = x.dtype.type
-        arrays = x, real(ctx.threshold), _flat(grad_spikes[:1] if constant else grad_spikes), _flat(grad_current)
-        if isinstance(rule, Rate):
-            neuron_kernels.backpropagate_rate(*arrays, ctx.steps)
-        elif _is_compiled(rule):
-            rule = cast(Surrogate, rule)
-            neuron_kernels.backpropagate(*arrays, ctx.steps, RULE_IDS[rule.rule], real(rule.width), real(rule.height))
-        else:
-            z = _empty(current, ctx.steps)
-            neuron_kernels.integrate(x, real(ctx.threshold), _flat(z))
-            slopes = rule.gradient(z.sub_(ctx.threshold))
-            neuron_kernels.backpropagate_slopes(*arrays, _flat(slopes))
-        return grad_current, None, None, None
-
-
-def _empty(activity: Tensor, steps: int) -> Tensor:
-    """Room for ``(steps, samples, *shape)``, channels last in memory."""
-    channels_last = activity.movedim(2, -1)
-    return activity.new_empty((steps, *channels_last.shape[1:])).movedim(-1, 2)
-
-
-def _flat(activity: Tensor) -> Array:
-    """``(steps or 1, neurons of all samples)`` in the order of memory; a view, if channels are last in memory."""
-    flat: Array = activity.detach().movedim(2, -1).flatten(1).numpy()
-    return flat

@@ -1,17 +1,24 @@
-"""The typed layer graph: a network as data, so that it can be converted, saved and rebuilt without user code."""
+"""The typed layer graph: a network as data, so that it can be converted, saved and rebuilt without user code.
+
+Between neurons everything is linear: a current is a weighted sum of earlier spikes, through any number of residual
+sums, factors and batch norms, and so it stays expressible in synapses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
 from hardware.errors import RuleViolations, Violation
-from pipeline.models.layers import Normalize
+from pipeline.models.layers import Add, Normalize, Scale
 
-LayerKind = Literal["normalize", "conv", "linear", "batch_norm", "relu", "spike", "avg_pool", "flatten", "dropout"]
+LayerKind = Literal[
+    "normalize", "conv", "linear", "batch_norm", "relu", "spike", "avg_pool", "flatten", "dropout", "add", "scale"
+]
 KINDS: tuple[str, ...] = get_args(LayerKind)
 WEIGHTED: tuple[LayerKind, ...] = ("conv", "linear")
 INPUT = "input"
@@ -25,8 +32,9 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "eps": (1e-12, 1.0),
     "momentum": (0.0, 1.0),
     "p": (0.0, 1.0),
+    "beta": (0.0, 1.0),
 }
-FRACTIONS = ("eps", "momentum", "p")
+FRACTIONS = ("eps", "momentum", "p", "beta")
 OPTIONS: Mapping[LayerKind, frozenset[str]] = {
     "normalize": frozenset({"features"}),
     "conv": frozenset({"in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"}),
@@ -34,11 +42,15 @@ OPTIONS: Mapping[LayerKind, frozenset[str]] = {
     "batch_norm": frozenset({"features", "eps", "momentum", "spatial"}),
     "avg_pool": frozenset({"kernel_size"}),
     "dropout": frozenset({"p"}),
-    **dict.fromkeys(("relu", "spike", "flatten"), frozenset[str]()),
+    "spike": frozenset({"beta", "subtract"}),
+    "scale": frozenset({"learned"}),
+    **dict.fromkeys(("relu", "flatten", "add"), frozenset[str]()),
 }
+NEURONS: tuple[LayerKind, ...] = ("relu", "spike")
 
 Options = Mapping[str, int | float | bool]
 Shape = tuple[int, ...]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -50,17 +62,21 @@ class Layer:
         kind: what it does.
         options: sizes and settings of the kind, plain numbers.
         path: where it stood in the user's module, for messages.
+        inputs: names of the layers it reads, or "input"; empty for the layer before it.
+        block: the residual block it belongs to, if any: neurons of one block are calibrated together.
     """
 
     name: str
     kind: LayerKind
     options: Options = field(default_factory=dict)
     path: str = ""
+    inputs: tuple[str, ...] = ()
+    block: str = ""
 
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """A chain of layers in order of execution; the last one's output is the logits.
+    """Layers in order of execution, each reading earlier ones; the last one's output is the logits.
 
     Attributes:
         input_shape: ``(channels, height, width)`` or ``(features,)`` of one image.
@@ -77,41 +93,77 @@ class LayerGraph:
         if problems:
             raise RuleViolations("network", problems)
 
+    @cached_property
+    def sources(self) -> Mapping[str, tuple[str, ...]]:
+        """What every layer reads, by name."""
+        before = [INPUT, *(layer.name for layer in self.layers)]
+        return {layer.name: layer.inputs or (before[i],) for i, layer in enumerate(self.layers)}
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Layer]:
+        """Layers by name."""
+        return {layer.name: layer for layer in self.layers}
+
+    def readers(self, name: str) -> tuple[Layer, ...]:
+        """The layers that read layer ``name``."""
+        return tuple(layer for layer in self.layers if name in self.sources[layer.name])
+
     def shapes(self) -> dict[str, Shape]:
         """Output shape of every layer, without the batch axis."""
-        shapes: dict[str, Shape] = {}
-        shape = self.input_shape
+        shapes: dict[str, Shape] = {INPUT: self.input_shape}
         for layer in self.layers:
-            shape = output_shape(layer, shape)
-            shapes[layer.name] = shape
+            shapes[layer.name] = output_shape(layer, [shapes[name] for name in self.sources[layer.name]])
+        del shapes[INPUT]
         return shapes
 
-    def with_kind(self, old: LayerKind, new: LayerKind) -> LayerGraph:
-        """The same chain with one kind of layer replaced, as when ReLUs become spiking neurons."""
-        layers = tuple(
-            Layer(layer.name, new, layer.options, layer.path) if layer.kind == old else layer for layer in self.layers
-        )
-        return LayerGraph(self.input_shape, layers)
+    def evaluate(self, first: Value, apply: Callable[[Layer, Sequence[Value]], Value]) -> Value:
+        """The last layer's value, where ``apply`` gives a layer's value from those it reads; each is held only as
+        long as something still reads it.
+        """
+        last_reader = {name: layer.name for layer in self.layers for name in self.sources[layer.name]}
+        values = {INPUT: first}
+        del first
+        for layer in self.layers:
+            sources = self.sources[layer.name]
+            read = [values[name] for name in sources]
+            for name in {name for name in sources if last_reader[name] == layer.name}:
+                del values[name]
+            values[layer.name] = apply(layer, read)
+        return values[self.layers[-1].name]
 
-    def with_biases(self) -> LayerGraph:
-        """The same chain with a bias in every weighted layer."""
-        layers = tuple(
-            Layer(layer.name, layer.kind, {**layer.options, "bias": True}, layer.path)
-            if layer.kind in WEIGHTED
-            else layer
-            for layer in self.layers
-        )
-        return LayerGraph(self.input_shape, layers)
+    def before_last_spikes(self) -> frozenset[str]:
+        """Names of the layers, and "input", from which a path leads to neurons: what varies there shapes spikes."""
+        found: set[str] = set()
+        for layer in reversed(self.layers):
+            if layer.kind in NEURONS or layer.name in found:
+                found.update(self.sources[layer.name])
+        return frozenset(found)
 
-    def without_kind(self, kind: LayerKind) -> LayerGraph:
-        """The same chain without one kind of layer."""
-        return LayerGraph(self.input_shape, tuple(layer for layer in self.layers if layer.kind != kind))
+    def spiking(self, beta: float = 1.0, subtract: bool = False) -> LayerGraph:
+        """The same network with spiking neurons for ReLUs and a bias in every weighted layer that the method gives
+        one: all of them, or in a network with residual sums only those after the last sum.
+        """
+        sums = [i for i, layer in enumerate(self.layers) if layer.kind == "add"]
+        neuron: Options = {"beta": beta, "subtract": subtract}
+
+        def changed(index: int, layer: Layer) -> Layer:
+            if layer.kind == "relu":
+                return replace(layer, kind="spike", options=neuron)
+            if layer.kind in WEIGHTED and index > max(sums, default=-1):
+                return replace(layer, options={**layer.options, "bias": True})
+            return layer
+
+        return LayerGraph(self.input_shape, tuple(changed(*entry) for entry in enumerate(self.layers)))
 
 
-def output_shape(layer: Layer, shape: Shape) -> Shape:
-    """Shape after ``layer``; empty if the layer does not fit an input of ``shape``."""
-    options = layer.options
-    if layer.kind in ("relu", "spike", "dropout"):
+def output_shape(layer: Layer, inputs: Sequence[Shape]) -> Shape:
+    """Shape after ``layer``; empty if the layer does not fit inputs of these shapes."""
+    options, shape = layer.options, inputs[0]
+    if layer.kind == "add":
+        return shape if len(inputs) > 1 and len(set(inputs)) == 1 else ()
+    if len(inputs) != 1:
+        return ()
+    if layer.kind in ("relu", "spike", "dropout", "scale"):
         return shape
     if layer.kind == "batch_norm" and bool(options["spatial"]) != (len(shape) == 3):
         return ()
@@ -140,64 +192,139 @@ def _product(shape: Shape) -> int:
     return product
 
 
-def _problems(graph: LayerGraph) -> list[Violation]:
-    """Every reason why the chain cannot be a network that converts and deploys."""
-    problems: list[Violation] = []
+Signal = Literal["pixels", "spikes", "current"]
+"""What flows between layers: pixels, spikes (perhaps pooled), or a current, which is linear in earlier spikes."""
 
-    def refuse(layer: Layer, rule: str, actual: str, limit: str, remedy: str) -> None:
-        problems.append(Violation(layer.path or layer.name, rule, actual, limit, remedy))
 
+@dataclass(frozen=True)
+class _Rule:
+    """What a kind of layer may read, and what it gives; ``wording`` is the rule's name, ``remedy`` the way out."""
+
+    reads: tuple[Signal, ...]
+    gives: Signal | None
+    wording: str
+    remedy: str
+
+
+_RULES: Mapping[LayerKind, _Rule] = {
+    "normalize": _Rule(("pixels",), None, "normalisation comes first", "move it to the front"),
+    "conv": _Rule(
+        ("pixels", "spikes"), "current", "neurons stand between weighted layers", "add nn.ReLU before this layer"
+    ),
+    "linear": _Rule(
+        ("pixels", "spikes"), "current", "neurons stand between weighted layers", "add nn.ReLU before this layer"
+    ),
+    "batch_norm": _Rule(("current",), None, "batch norm follows a weighted layer or a sum", "move it there"),
+    "relu": _Rule(("current",), "spikes", "neurons follow a weighted layer or a sum", "move it there"),
+    "spike": _Rule(("current",), "spikes", "neurons follow a weighted layer or a sum", "move it there"),
+    "avg_pool": _Rule(("spikes",), None, "pooling follows neurons", "pool after the ReLU"),
+    "flatten": _Rule(("pixels", "spikes"), None, "flattening follows neurons", "flatten after the ReLU"),
+    "dropout": _Rule(("pixels", "spikes", "current"), None, "", ""),
+    "add": _Rule(("spikes", "current"), "current", "sums are of spikes and currents", "put a 1x1 conv on the image"),
+    "scale": _Rule(("spikes", "current"), "current", "factors scale spikes and currents", "fold it into Normalize"),
+}
+
+
+def _problems(graph: LayerGraph) -> Iterator[Violation]:
+    """Every reason why the graph cannot be a network that converts and deploys."""
     shape = graph.input_shape
     if len(shape) not in (1, 3) or min(shape) < 1:
-        rule = "images are (channels, height, width) or (features,)"
-        return [Violation(INPUT, rule, str(shape), "1 or 3 positive sizes", "reshape the images")]
-    previous = INPUT
-    names: set[str] = set()
-    for index, layer in enumerate(graph.layers):
-        if set(layer.options) != OPTIONS[layer.kind]:
-            allowed = ", ".join(sorted(OPTIONS[layer.kind])) or "none"
-            refuse(layer, "has the options of its kind", ", ".join(sorted(layer.options)), allowed, "export it again")
-            return problems
-        impossible = _impossible_options(layer)
-        if impossible:
-            refuse(layer, "options are possible", *impossible, "check sizes")
-            return problems
-        produced = output_shape(layer, shape)
-        if not produced:
-            refuse(
-                layer,
-                "fits the shape before it",
-                f"{layer.kind} after {shape}",
-                "a matching shape",
-                "check sizes",
-            )
-            return problems
-        if layer.name in names | RESERVED or not layer.name.replace("_", "").isalnum():
-            refuse(layer, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
-        if layer.kind in ("relu", "spike") and previous not in ("conv", "linear", "batch_norm"):
-            refuse(
-                layer,
-                "neurons follow a weighted layer",
-                previous,
-                "conv, linear, batch_norm",
-                "move it there",
-            )
-        if layer.kind == "batch_norm" and previous not in WEIGHTED:
-            refuse(layer, "batch norm follows a weighted layer", previous, "conv, linear", "move it there")
-        if layer.kind in WEIGHTED and previous in (*WEIGHTED, "batch_norm"):
-            refuse(layer, "neurons stand between weighted layers", previous, "a ReLU before it", "add nn.ReLU")
-        if layer.kind == "avg_pool" and previous not in ("relu", "spike"):
-            refuse(layer, "pooling follows neurons", previous, "a ReLU before it", "pool after the ReLU")
-        if layer.kind == "normalize" and index:
-            refuse(layer, "normalisation comes first", f"layer {index}", "layer 0", "move it to the front")
-        if layer.kind not in ("flatten", "dropout"):
-            previous = layer.kind
-        names.add(layer.name)
-        shape = produced
-    if previous != "linear" or len(shape) != 1:
-        last = graph.layers[-1] if graph.layers else Layer("network", "flatten")
-        refuse(last, "the network ends in logits", previous, "a linear layer", "end with nn.Linear and no ReLU")
-    return problems
+        wording = "images are (channels, height, width) or (features,)"
+        yield Violation(INPUT, wording, str(shape), "1 or 3 positive sizes", "reshape the images")
+        return
+    if not graph.layers:
+        yield Violation("network", "has layers", "none", "1 or more", "add nn.Flatten and nn.Linear")
+        return
+    flow = _Flow(shape)
+    yield from flow.problems(graph.layers)
+    last = graph.layers[-1]
+    shape, signal = flow.shapes[last.name], flow.signals[last.name]
+    if signal is not None and shape and (signal != "current" or len(shape) != 1):
+        spikes = flow.kinds[last.name] == "spike"
+        yield Violation(
+            last.path or last.name,
+            "the network ends in logits",
+            f"{flow.kinds[last.name]} of shape {shape}",
+            "a linear layer",
+            "leave out the last neurons: logits are the average of what enters them"
+            if spikes
+            else "end with nn.Linear and no ReLU",
+        )
+    for layer in graph.layers[:-1]:
+        if not graph.readers(layer.name):
+            subject = layer.path or layer.name
+            yield Violation(subject, "leads to the logits", "is not read", "a reader", "remove it, or use its result")
+
+
+def misfits(input_shape: Shape, layers: Sequence[Layer], unknown: str) -> tuple[Violation, ...]:
+    """What is wrong with layers some of which read a layer that is left out.
+
+    Args:
+        input_shape: of one image.
+        layers: in order of execution, not a whole network.
+        unknown: name for the layers left out; nothing is said of what reads them.
+    """
+    flow = _Flow(input_shape)
+    flow.shapes[unknown], flow.signals[unknown], flow.kinds[unknown] = (), None, ""
+    return tuple(flow.problems(layers))
+
+
+class _Flow:
+    """What flows out of every layer; an empty shape and no signal where a problem has made them unknown."""
+
+    def __init__(self, input_shape: Shape) -> None:
+        self.shapes: dict[str, Shape] = {INPUT: input_shape}
+        self.signals: dict[str, Signal | None] = {INPUT: "pixels"}
+        self.kinds: dict[str, str] = {INPUT: "the image"}
+
+    def problems(self, layers: Sequence[Layer]) -> Iterator[Violation]:
+        """What is wrong with each layer where it stands, none blamed for another."""
+        previous = INPUT
+        spikes = any(layer.kind == "spike" for layer in layers)
+        for index, layer in enumerate(layers):
+            subject = layer.path or layer.name
+            sources = layer.inputs or (previous,)
+            if layer.name in self.shapes or layer.name in RESERVED or not layer.name.replace("_", "").isalnum():
+                yield Violation(subject, "name is unique and plain", layer.name, "letters, digits, _", "rename it")
+            if missing := [name for name in sources if name not in self.shapes]:
+                yield Violation(subject, "reads earlier layers", ", ".join(missing), "layers before it", "reorder them")
+            known = [name for name in sources if name in self.shapes]
+            signal = self.signals[known[0]] if known else None
+            rule = _RULES[layer.kind]
+            if wrong := [self.kinds[name] for name in known if self.signals[name] not in (None, *rule.reads)]:
+                allowed = " or ".join(rule.reads)
+                yield Violation(subject, rule.wording, f"after {', '.join(wrong)}", allowed, rule.remedy)
+                signal = None
+            elif layer.kind == "normalize" and index:
+                yield Violation(subject, rule.wording, f"layer {index}", "layer 0", rule.remedy)
+            elif layer.kind == "relu" and spikes:
+                yield Violation(
+                    subject, "neurons are of one kind", "relu among spikes", "spikes only", "use snntorch.Leaky"
+                )
+            shape: Shape = ()
+            if problem := _misfit_of_options(layer):
+                yield problem
+            elif not missing and all(self.shapes[name] for name in sources):
+                shape = output_shape(layer, [self.shapes[name] for name in sources])
+                if not shape:
+                    read = " and ".join(str(self.shapes[name]) for name in sources)
+                    actual = f"{layer.kind} after {read}"
+                    yield Violation(subject, "fits the shape before it", actual, "a matching shape", "check sizes")
+            self.shapes[layer.name] = shape
+            self.signals[layer.name] = rule.gives or signal
+            passes = layer.kind in ("flatten", "dropout") and known
+            self.kinds[layer.name] = self.kinds[known[0]] if passes else layer.kind
+            previous = layer.name
+
+
+def _misfit_of_options(layer: Layer) -> Violation | None:
+    subject = layer.path or layer.name
+    if set(layer.options) != OPTIONS[layer.kind]:
+        allowed = ", ".join(sorted(OPTIONS[layer.kind])) or "none"
+        has = ", ".join(sorted(layer.options)) or "none"
+        return Violation(subject, "has the options of its kind", has, allowed, "export it again")
+    impossible = _impossible_options(layer)
+    return Violation(subject, "options are possible", *impossible, "check sizes") if impossible else None
 
 
 def _impossible_options(layer: Layer) -> tuple[str, str] | None:
@@ -257,4 +384,6 @@ _BUILDERS: Mapping[str, Callable[[Options], nn.Module]] = {
     "avg_pool": lambda options: nn.AvgPool2d(int(options["kernel_size"])),
     "flatten": lambda _: nn.Flatten(),
     "dropout": lambda options: nn.Dropout(float(options["p"])),
+    "add": lambda _: Add(),
+    "scale": lambda options: Scale(1.0, learned=bool(options["learned"])),
 }

@@ -25,3 +25,34 @@ class Normalize(nn.Module):
         """Normalise ``(samples, channels, ...)``."""
         shape = (1, -1, *([1] * (images.ndim - 2)))
         return (images - self.mean.view(shape)) / self.std.view(shape)
+
+
+class Add(nn.Module):
+    """The sum of its inputs, as in residual networks."""
+
+    def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+        """Add tensors of equal shapes; an axis of one step stands for all steps."""
+        for other in others:
+            first = first + other
+        return first
+
+
+class Scale(nn.Module):
+    """A factor, learned or fixed: the weights of a learned residual sum.
+
+    Args:
+        value: of the factor, at the start if it is learned.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: float, learned: bool) -> None:
+        super().__init__()
+        if learned:
+            self.value = nn.Parameter(torch.tensor(float(value)))
+        else:
+            self.register_buffer("value", torch.tensor(float(value)))
+
+    def forward(self, activity: Tensor) -> Tensor:
+        """Multiply."""
+        return self.value * activity

@@ -1,13 +1,14 @@
 """Compiled integrate-and-fire neurons: all steps of a block of neurons while the block lies in the first cache.
 
-Arrays are ``(steps, neurons)``, the neurons of all samples in a row; an input or a gradient that is the same at every
-step has one step only. Nothing is kept from the forward pass: the backward kernels integrate the currents again,
-which costs less than writing membranes and reading them back.
+Arrays are ``(steps, neurons)``, the neurons of all samples in a row, of which those from ``start`` to ``stop`` are
+worked on; an input or a gradient that is the same at every step has one step only. Nothing is kept from the forward
+pass: the backward kernels integrate the currents again, which costs less than writing membranes and reading them back.
 
-With g the surrogate at ``z = u - threshold`` (Özdenizci & Legenstein, TMLR 2024)::
+With g the surrogate at ``z = u - threshold`` (Özdenizci & Legenstein, TMLR 2024), and ``subtract`` for the option::
 
-    u_t = v_{t-1} + x_t        s_t = [u_t >= threshold]        v_t = u_t (1 - s_t)
-    ds/du = g                  dv/du = (1 - s) - u g
+    u_t = beta v_{t-1} + x_t     s_t = [u_t >= threshold]     v_t = u_t (1 - s_t)    subtract: u_t - threshold s_t
+    ds/du = g                    dv/du = (1 - s) - u g        subtract: 1 - threshold g
+    ds/dthreshold = -g           dv/dthreshold = u g          subtract: threshold g - s
 """
 
 from __future__ import annotations
@@ -38,77 +39,112 @@ RULE_IDS: Mapping[str, int] = {
 
 
 @compiled
-def fire(current: Array, threshold: float, spikes: Array) -> None:
+def fire(start: int, stop: int, current: Array, threshold: float, beta: float, subtract: bool, spikes: Array) -> None:
     """Fill 0/1 ``spikes``."""
-    steps, neurons = spikes.shape
+    steps = len(spikes)
     zero, one = spikes.dtype.type(0), spikes.dtype.type(1)
     membrane = np.empty(BLOCK, spikes.dtype)
-    for first in range(0, neurons, BLOCK):
-        block = slice(first, min(first + BLOCK, neurons))
+    for first in range(start, stop, BLOCK):
+        block = slice(first, min(first + BLOCK, stop))
         v = membrane[: block.stop - first]
         v[:] = zero
         for step in range(steps):
             x, s = current[min(step, len(current) - 1), block], spikes[step, block]
-            for i in range(len(v)):
-                u = v[i] + x[i]
-                s[i] = one if u >= threshold else zero
-                v[i] = zero if u >= threshold else u
+            if subtract:
+                for i in range(len(v)):
+                    u = beta * v[i] + x[i]
+                    s[i] = one if u >= threshold else zero
+                    v[i] = u - (threshold if u >= threshold else zero)
+            else:
+                for i in range(len(v)):
+                    u = beta * v[i] + x[i]
+                    s[i] = one if u >= threshold else zero
+                    v[i] = zero if u >= threshold else u
 
 
 @compiled
-def integrate(current: Array, threshold: float, membranes: Array) -> None:
+def integrate(
+    start: int, stop: int, current: Array, threshold: float, beta: float, subtract: bool, membranes: Array
+) -> None:
     """Fill ``membranes``, before the reset."""
-    neurons = membranes.shape[1]
-    for first in range(0, neurons, BLOCK):
-        _integrate(current, first, threshold, membranes, first, min(BLOCK, neurons - first))
+    for first in range(start, stop, BLOCK):
+        _integrate(current, first, threshold, beta, subtract, membranes, first, min(BLOCK, stop - first))
 
 
 @compiled
 def backpropagate(
+    start: int,
+    stop: int,
     current: Array,
     threshold: float,
+    beta: float,
+    subtract: bool,
     grad_spikes: Array,
     grad_current: Array,
     steps: int,
     rule: int,
     width: float,
     height: float,
-) -> None:
-    """Fill ``grad_current`` through the surrogate that ``rule``, one of ``RULE_IDS``, names."""
-    neurons = current.shape[1]
+) -> float:
+    """Fill ``grad_current`` through the surrogate that ``rule``, one of ``RULE_IDS``, names.
+
+    Returns:
+        The gradient at the threshold.
+    """
     u = np.empty((steps, BLOCK), current.dtype)
     slopes = np.empty((steps, BLOCK), current.dtype)
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
-        _integrate(current, first, threshold, u, 0, size)
+    total = 0.0
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
+        _integrate(current, first, threshold, beta, subtract, u, 0, size)
         for step in range(steps):
             _differentiate(u[step, :size], threshold, rule, width, height, slopes[step, :size])
-        _descend(u, slopes, 0, threshold, grad_spikes, grad_current, first, size)
+        total += _descend(u, slopes, 0, threshold, beta, subtract, grad_spikes, grad_current, first, size)
+    return total
 
 
 @compiled
 def backpropagate_slopes(
-    current: Array, threshold: float, grad_spikes: Array, grad_current: Array, slopes: Array
-) -> None:
-    """Fill ``grad_current`` through given ``slopes``, ds/du ``(steps, neurons)``."""
-    steps, neurons = slopes.shape
+    start: int,
+    stop: int,
+    current: Array,
+    threshold: float,
+    beta: float,
+    subtract: bool,
+    grad_spikes: Array,
+    grad_current: Array,
+    slopes: Array,
+) -> float:
+    """Fill ``grad_current`` through given ``slopes``, ds/du ``(steps, neurons)``; returns as `backpropagate`."""
+    steps = len(slopes)
     u = np.empty((steps, BLOCK), current.dtype)
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
-        _integrate(current, first, threshold, u, 0, size)
-        _descend(u, slopes, first, threshold, grad_spikes, grad_current, first, size)
+    total = 0.0
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
+        _integrate(current, first, threshold, beta, subtract, u, 0, size)
+        total += _descend(u, slopes, first, threshold, beta, subtract, grad_spikes, grad_current, first, size)
+    return total
 
 
 @compiled
-def backpropagate_rate(current: Array, threshold: float, grad_spikes: Array, grad_current: Array, steps: int) -> None:
+def backpropagate_rate(
+    start: int,
+    stop: int,
+    current: Array,
+    threshold: float,
+    beta: float,
+    subtract: bool,
+    grad_spikes: Array,
+    grad_current: Array,
+    steps: int,
+) -> None:
     """Fill ``grad_current`` without recursion through time: neurons that never spike pass nothing."""
-    neurons = current.shape[1]
     one = current.dtype.type(1)
     u = np.empty((steps, BLOCK), current.dtype)
     share = np.empty(BLOCK, current.dtype)
-    for first in range(0, neurons, BLOCK):
-        size = min(BLOCK, neurons - first)
-        _integrate(current, first, threshold, u, 0, size)
+    for first in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - first)
+        _integrate(current, first, threshold, beta, subtract, u, 0, size)
         active = share[:size]
         active[:] = 0
         for step in range(steps):
@@ -124,7 +160,16 @@ def backpropagate_rate(current: Array, threshold: float, grad_spikes: Array, gra
 
 
 @compiled
-def _integrate(current: Array, first: int, threshold: float, membranes: Array, start: int, size: int) -> None:
+def _integrate(
+    current: Array,
+    first: int,
+    threshold: float,
+    beta: float,
+    subtract: bool,
+    membranes: Array,
+    start: int,
+    size: int,
+) -> None:
     """Membranes before the reset from column ``start`` on, of the neurons from ``first`` on."""
     zero = membranes.dtype.type(0)
     before = membranes[0, start : start + size]
@@ -132,8 +177,12 @@ def _integrate(current: Array, first: int, threshold: float, membranes: Array, s
     for step in range(1, len(membranes)):
         x = current[min(step, len(current) - 1), first : first + size]
         u = membranes[step, start : start + size]
-        for i in range(size):
-            u[i] = (zero if before[i] >= threshold else before[i]) + x[i]
+        if subtract:
+            for i in range(size):
+                u[i] = beta * (before[i] - (threshold if before[i] >= threshold else zero)) + x[i]
+        else:
+            for i in range(size):
+                u[i] = beta * (zero if before[i] >= threshold else before[i]) + x[i]
         before = u
 
 
@@ -143,28 +192,46 @@ def _descend(
     slopes: Array,
     start: int,
     threshold: float,
+    beta: float,
+    subtract: bool,
     grad_spikes: Array,
     grad_current: Array,
     first: int,
     size: int,
-) -> None:
-    """From the last step to the first: gradient at the currents, summed where they are the same at every step."""
+) -> float:
+    """From the last step to the first: gradient at the currents, summed where they are the same at every step, and
+    the gradient at the threshold.
+    """
     zero, one = membranes.dtype.type(0), membranes.dtype.type(1)
     carried = np.zeros(size, membranes.dtype)
+    by_threshold = np.zeros(size, membranes.dtype)
     grad_current[0, first : first + size] = zero
     for step in range(len(membranes) - 1, -1, -1):
         u = membranes[step, :size]
         slope = slopes[step, start : start + size]
         incoming = grad_spikes[min(step, len(grad_spikes) - 1), first : first + size]
         outgoing = grad_current[min(step, len(grad_current) - 1), first : first + size]
-        for i in range(size):
-            kept = (zero if u[i] >= threshold else one) - u[i] * slope[i]
-            carried[i] = incoming[i] * slope[i] + carried[i] * kept
+        if subtract:
+            for i in range(size):
+                above = threshold * slope[i]
+                later = beta * carried[i]
+                by_threshold[i] += later * (above - (one if u[i] >= threshold else zero)) - incoming[i] * slope[i]
+                carried[i] = incoming[i] * slope[i] + later * (one - above)
+        else:
+            for i in range(size):
+                above = u[i] * slope[i]
+                later = beta * carried[i]
+                by_threshold[i] += later * above - incoming[i] * slope[i]
+                carried[i] = incoming[i] * slope[i] + later * ((zero if u[i] >= threshold else one) - above)
         if len(grad_current) == 1:
             for i in range(size):
                 outgoing[i] += carried[i]
         else:
             outgoing[:] = carried
+    total = 0.0
+    for i in range(size):
+        total += by_threshold[i]
+    return total
 
 
 @compiled

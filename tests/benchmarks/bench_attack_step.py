@@ -27,7 +27,7 @@ from hardware.surrogates import RATE, AdaptiveSurrogate, Surrogate
 from pipeline.models.folded import FoldedNetwork
 from pipeline.models.graph import Layer, LayerGraph, Options
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.neurons import IntegrateAndFire
+from pipeline.neurons import Leaky
 
 STEPS, BATCH, CLASSES = 8, 128, 10
 # With random weights every layer then spikes at 6 to 15 % of its chances, as trained networks do.
@@ -85,7 +85,7 @@ class Stepped(nn.Module):
                 reset_mechanism="zero",
                 spike_grad=surrogate.fast_sigmoid(),
             )
-            if isinstance(layer, IntegrateAndFire)
+            if isinstance(layer, Leaky)
             else copy.deepcopy(layer)
             for layer in folded.layers.values()
         ]

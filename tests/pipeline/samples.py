@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.conversion import convert
 from pipeline.data import Dataset
 from pipeline.models.layers import Normalize
-from pipeline.models.spiking import RateNetwork, SpikingNetwork
+from pipeline.models.spiking import RateNetwork, SpikingNetwork, rebuild
 from pipeline.models.tracing import trace_network
 
 Shape = tuple[int, ...]
@@ -90,6 +90,68 @@ def _feature_net() -> nn.Module:
     return nn.Sequential(Normalize([0.1, 0.2, 0.6], [0.3, 0.5, 0.2]), nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 3))
 
 
+class _ResidualBlock(nn.Module):
+    """Neurons after the sum; the shortcut is the spikes themselves, or a strided conv of them."""
+
+    def __init__(self, sources: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(sources, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or sources != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(sources, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(self.a * self.shortcut(x) + self.b * branch)
+
+
+class _PreActivationBlock(nn.Module):
+    """Batch norm and neurons before every conv; what is summed is never spiked on its way."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.a, self.b = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv1(torch.relu(self.norm1(x)))
+        return self.a * x + self.b * self.conv2(torch.relu(self.norm2(branch)))
+
+
+def _residual_net() -> nn.Module:
+    return nn.Sequential(
+        Normalize([0.4], [0.3]),
+        nn.Conv2d(1, 3, 3, padding=1, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        _ResidualBlock(3, 3, 1),
+        _ResidualBlock(3, 5, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3, bias=False),
+    )
+
+
+def _pre_activation_net() -> nn.Module:
+    return nn.Sequential(
+        Normalize([0.4, 0.6], [0.3, 0.2]),
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        _PreActivationBlock(4),
+        _PreActivationBlock(4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3, bias=False),
+    )
+
+
 NETWORKS: Mapping[str, tuple[Builder, Shape]] = {
     "conv": (conv_net, (1, 8, 8)),
     "wide kernel": (_wide_kernel_net, (2, 8, 8)),
@@ -97,6 +159,8 @@ NETWORKS: Mapping[str, tuple[Builder, Shape]] = {
     "plain conv": (_plain_conv_net, (1, 6, 6)),
     "dense": (_dense_net, (2, 3, 3)),
     "features": (_feature_net, (3,)),
+    "residual": (_residual_net, (1, 6, 6)),
+    "pre-activation": (_pre_activation_net, (2, 4, 4)),
 }
 
 
@@ -111,10 +175,8 @@ def rate_network(name: str = "conv", seed: int = 0) -> RateNetwork:
             nn.init.uniform_(norm.running_var, 0.3, 1.5)  # type: ignore[arg-type]
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.2)
-    traced = trace_network(module, shape)
-    network = RateNetwork(traced.graph)
-    for layer, holder in traced.modules.items():
-        network.layers[layer].load_state_dict(holder.state_dict())
+    network = rebuild(trace_network(module, shape), 1)
+    assert isinstance(network, RateNetwork)
     return network.eval()
 
 

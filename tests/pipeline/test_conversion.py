@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.conversion import calibrate, convert, estimate_batch_norm, kth_percentile
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
-from pipeline.neurons import MIN_THRESHOLD, IntegrateAndFire
+from pipeline.neurons import MIN_THRESHOLD, Leaky
 from tests.pipeline.samples import random_images, rate_network
 
 PERCENTILE, CALIBRATION_STEPS, KAPPA = 97.0, 12, 0.3
@@ -172,5 +172,5 @@ def test_the_converted_network_answers_much_like_the_ann() -> None:
         snn.load_state_dict(state)
         images = batches(1, 64)[0]
         correlation = np.corrcoef(snn(images).flatten(), ann(images).flatten())[0, 1]
-    assert isinstance(snn.layers["neurons1"], IntegrateAndFire)
+    assert isinstance(snn.layers["neurons1"], Leaky)
     assert correlation > 0.5

@@ -130,7 +130,7 @@ def edit(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        edit("format", "spikeguard.float/2"),
+        edit("format", "spikeguard.float/1"),
         edit("format", None),
         edit("steps", 0),
         edit("steps", -3),

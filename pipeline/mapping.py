@@ -1,0 +1,81 @@
+"""The mapping apart from rounding: the integer network whose integers are too wide to lose anything.
+
+With 24-bit mantissas, thresholds and biases equally fine, and a state that never saturates, the integer network
+spikes as the float SNN does in float64, but for membranes within a rounding of the threshold. What differs at few bits
+is then rounding alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hardware.errors import RuleViolations, Violation
+from hardware.network import FRACTION_BITS, INPUT, IntegerNetwork
+from pipeline.folding import RealPopulation, fold
+from pipeline.integer_recipe import MAX_CODE, Grid, RoundedPopulation, assemble, require_finite, round_population
+from pipeline.models.graph import Shape
+from pipeline.models.spiking import SpikingNetwork
+from pipeline.number_formats import WIDE
+
+STATE_LIMIT = 2**50
+"""Of membranes that are to stay exact: 4096 times it, which a decay needs, fits int64."""
+SMALLEST_SCALE = 2.0**-20
+
+
+def map_wide(network: SpikingNetwork, provenance: Mapping[str, Any] | None = None) -> IntegerNetwork:
+    """The integer network of a float SNN, rounded to 24-bit mantissas.
+
+    Run it by ``run_reference(..., state_limit=STATE_LIMIT)``; no chip can. Scales are powers of two, so weights and
+    thresholds that are short binary fractions stay exact. A leak is rounded to 12 bits as on the chip.
+
+    Args:
+        network: the float SNN; it is not changed.
+        provenance: plain facts to keep with the network.
+
+    Raises:
+        RuleViolations: if weights are not finite, or biases or thresholds so much larger than weights that no
+            integers hold both.
+    """
+    populations, shape = fold(network), network.graph.input_shape
+    require_finite(populations)
+    rounded = [_round_finely(population, shape, network.steps) for population in populations]
+    code = max(one.constant_code for one in rounded)
+    shared = [
+        round_population(population, replace(_grid(population, one.population.scale), constant_code=code), shape)
+        for population, one in zip(populations, rounded, strict=True)
+    ]
+    return assemble(shared, shape, network.steps, provenance or {})
+
+
+def _round_finely(real: RealPopulation, input_shape: Shape, steps: int) -> RoundedPopulation:
+    """A population at the largest power of two at which its weights, constant part and membrane fit."""
+    ceiling = 2.0 ** np.floor(np.log2(WIDE.ceiling(real)))
+    scale = ceiling
+    while True:
+        rounded = round_population(real, _grid(real, scale), input_shape)
+        reached = _largest_membrane(rounded, steps)
+        if rounded.constant_code <= MAX_CODE and reached <= STATE_LIMIT:
+            return rounded
+        scale /= 2
+        if scale < SMALLEST_SCALE * ceiling:
+            actual, limit = f"{reached:.1e} state units", f"{STATE_LIMIT:.1e}"
+            remedy = "look for a weight, bias or threshold out of all proportion"
+            raise RuleViolations("integer network", [Violation(real.name, "int64 holds it", actual, limit, remedy)])
+
+
+def _largest_membrane(rounded: RoundedPopulation, steps: int) -> float:
+    """Magnitude that no membrane nor threshold exceeds, in state units."""
+    total = np.abs(rounded.population.bias).reshape(len(rounded.mean_error), -1).max(axis=1).astype(np.float64)
+    for synapse in rounded.synapses:
+        magnitudes = np.abs(synapse.weight.astype(np.float64)).reshape(len(total), -1).sum(axis=1)
+        total += magnitudes * (MAX_CODE if synapse.source == INPUT else 1)
+    largest = max(steps * float(total.max()), float(rounded.population.threshold))
+    return largest * 2.0**FRACTION_BITS
+
+
+def _grid(real: RealPopulation, scale: float) -> Grid:
+    return Grid(scale, WIDE, WIDE.exponents_at(real, scale))
