@@ -16,11 +16,12 @@ from hardware.files import MIB, read_bytes
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Averaging = Annotated[float, Field(ge=0, lt=1)]
-Pixels = Annotated[int, Field(ge=0)]
 MAX_DEPTH = 16
+Bits = Annotated[int, Field(ge=2, le=8)]
 RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
 DataName = Literal["digits", "npz", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet"]
 WITHOUT_FOLDER = ("digits", "npz")
@@ -72,13 +73,13 @@ class TrainingConfig(_Section):
     )
     epsilon: UnitInterval = 0.1
     attack_steps: Count = Field(default=10, description="gradients per adversarial image, of 2.5 epsilon / steps each")
-    epochs: Count = 40
+    epochs: Whole = Field(default=40, description="0 takes the weights the network comes with")
     batch_size: Count = 64
     learning_rate: Positive = 0.05
     weight_decay: NotNegative = 5e-4
-    crop_padding: Pixels = Field(default=0, description="pixels a training image is shifted by at random")
+    crop_padding: Whole = Field(default=0, description="pixels a training image is shifted by at random")
     flip: bool = Field(default=False, description="mirror training images left to right at random")
-    cutout: Pixels = Field(default=0, description="side of the square blacked out in training images")
+    cutout: Whole = Field(default=0, description="side of the square blacked out in training images")
     averaging: Averaging = Field(default=0.0, description="decay per step of the average of weights; 0 for none")
 
     @model_validator(mode="after")
@@ -94,8 +95,15 @@ class ConversionConfig(_Section):
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.7
     calibration_steps: Count = 100
     batches: Count = 11
+    second_batches: Count = Field(default=10, description="more of them, for the later neurons of residual blocks")
     batch_size: Count = 64
     scale: Positive = Field(default=0.3, description="kappa, the factor on all thresholds")
+    beta: UnitInterval = Field(
+        default=1.0, description="share of the membrane kept per step; below 1, chips round it and the membrane"
+    )
+    reset: Literal["zero", "subtract"] = Field(
+        default="zero", description="subtract keeps what exceeds the threshold, but Loihi and stock Lava cannot do it"
+    )
 
 
 class FinetuningConfig(_Section):
@@ -109,11 +117,11 @@ class FinetuningConfig(_Section):
         default="training", description="of the inner attack: the one that trains, or one of many drawn per batch"
     )
     decay_thresholds: bool = Field(default=False, description="weight decay on thresholds too, as in the paper")
-    epochs: Count = 10
+    epochs: Whole = Field(default=10, description="0 leaves the converted network as it is")
     batch_size: Count = 64
     learning_rate: Positive = 0.01
     weight_decay: NotNegative = 1e-3
-    crop_padding: Pixels = Field(default=0, description="pixels a training image is shifted by at random")
+    crop_padding: Whole = Field(default=0, description="pixels a training image is shifted by at random")
     flip: bool = Field(default=False, description="mirror training images left to right at random")
     averaging: Averaging = Field(default=0.0, description="decay per step of the average of weights; 0 for none")
 
@@ -121,7 +129,7 @@ class FinetuningConfig(_Section):
 class QuantizationConfig(_Section):
     """The integer network."""
 
-    bits: Annotated[int, Field(ge=2, le=8)] = Field(default=8, description="of every weight")
+    bits: Bits | dict[str, Bits] = Field(default=8, description="of every weight, or by population")
 
 
 class FidelityConfig(_Section):
@@ -149,7 +157,10 @@ class Config(_Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     network: str = Field(
-        default="digits-cnn", description="digits-cnn, or package.module:function returning a torch module"
+        default="digits-cnn", description="one of the zoo, or package.module:function returning a torch module"
+    )
+    width: Annotated[float, Field(gt=0, le=64)] = Field(
+        default=1.0, description="factor on the channels of a network of the zoo"
     )
     data: DataConfig = DataConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -259,3 +270,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {section} is not a section")
     values[last] = _load_yaml(text, f"--set {override!r}")
+
+
+def portable_settings(config: Config) -> dict[str, Any]:
+    """Plain settings without where the data lie: moved data are the same data, and their bytes are hashed anyway."""
+    return config.model_dump(mode="json", exclude={"data": {"path", "dir"}})

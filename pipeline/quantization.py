@@ -22,9 +22,9 @@ from hardware.targets.loihi2 import (
     LOIHI2,
     MAX_BIAS,
     MAX_VTH_MANTISSA,
+    cores_fit_the_largest_system,
     decays_fit_12_bits,
     membranes_reset_to_zero,
-    neurons_fit_one_chip,
 )
 from hardware.targets.rules import check
 from pipeline.attacks.targets import to_images
@@ -60,7 +60,9 @@ RECORD_BYTES = 2**26
 SCALABLE = replace(
     LOIHI2,
     rules=tuple(
-        rule for rule in LOIHI2.rules if rule not in (membranes_reset_to_zero, decays_fit_12_bits, neurons_fit_one_chip)
+        rule
+        for rule in LOIHI2.rules
+        if rule not in (membranes_reset_to_zero, decays_fit_12_bits, cores_fit_the_largest_system)
     ),
 )
 """The target's rules that a scale can keep; what no scale mends is for `check` to say."""

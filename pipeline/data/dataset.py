@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +72,11 @@ def labelled(subject: str, codes: Codes, labels: Labels, classes: int) -> Datase
     if problems:
         raise RuleViolations(subject, problems)
     return Dataset(codes, labels)
+
+
+def digest_of(part: Dataset) -> str:
+    """SHA-256 of a part of the data, labels included."""
+    digest = hashlib.sha256(repr(part.codes.shape).encode())
+    for array in (part.codes, part.labels):
+        digest.update(np.ascontiguousarray(array).data)  # without a copy: a data set may fill half the memory
+    return digest.hexdigest()

@@ -72,6 +72,11 @@ def float_files(network: SpikingNetwork | RateNetwork) -> dict[str, bytes]:
     }
 
 
+def holds_spiking(folder: Path) -> bool:
+    """Whether the float network in ``folder`` is an SNN."""
+    return (folder / f"{SNN}.json").is_file()
+
+
 def load_float(folder: Path) -> SpikingNetwork:
     """Rebuild a float SNN, in eval mode, from the two files in ``folder``.
 

@@ -52,7 +52,9 @@ from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, load_float, load_rate
 from pipeline.models.spiking import RateNetwork
 from pipeline.objectives import natural
-from pipeline.run import Run, augmentation_of, compute_of, finetuning_objective, schedule_of, start_network
+from pipeline.recipes import augmentation_of, compute_of, finetuning_objective, schedule_of
+from pipeline.run import Run
+from pipeline.stages import start_network
 from pipeline.statistics import wilson_interval
 from pipeline.training import Schedule, fit
 

@@ -14,12 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import snntorch
+import torch
+from torch import nn
 
 from hardware.errors import RuleViolations, SpikeguardError
 from hardware.formats.bundle import open_bundle
 from pipeline import run as run_module
 from pipeline.config import Config, validate_config
-from pipeline.run import STAGES, Run, Stage, build_network, calibration_batches, start_network, without_lava
+from pipeline.models.float_file import load_float
+from pipeline.run import Run, without_lava
+from pipeline.stages import STAGES, Stage, build_network, calibration_batches, start_network
 from tests.pipeline.conftest import ROOT
 from tests.pipeline.samples import easy_data
 
@@ -337,16 +342,17 @@ def test_a_stage_that_fails_leaves_what_was_there(finished: Path, data: Path, mo
         ("tests..x:y", "network"),
     ],
 )
-def test_a_network_that_cannot_be_built_is_one_sentence(name: str, told: str) -> None:
+def test_a_network_that_cannot_be_built_is_one_sentence(name: str, told: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(SpikeguardError, match="network") as caught:
-        build_network(name)
+        build_network(name, Run(config(data), tmp_path, ""))
     assert told in str(caught.value)
 
 
 def test_a_network_for_other_classes_or_images_is_refused(data: Path, tmp_path: Path) -> None:
-    settings = values(data)
-    settings["network"] = "digits-cnn"
-    with pytest.raises(SpikeguardError, match=r"\(10,\) outputs for 4 classes"):
+    settings = values(data, data__path=str(tmp_path / "three.npz"))
+    images = easy_data(96)
+    np.savez(tmp_path / "three.npz", images=images.codes, labels=images.labels % 3)
+    with pytest.raises(SpikeguardError, match=r"\(4,\) outputs for 3 classes"):
         start_network(Run(validate_config(settings, "test"), tmp_path, ""))
     images = easy_data(96, (1, 12, 12))
     np.savez(tmp_path / "large.npz", images=images.codes, labels=images.labels)
@@ -356,8 +362,45 @@ def test_a_network_for_other_classes_or_images_is_refused(data: Path, tmp_path: 
 
 def test_calibration_takes_as_many_batches_as_there_are(data: Path, tmp_path: Path) -> None:
     run = Run(config(data), tmp_path, "")
-    assert [len(batch) for batch in calibration_batches(run, 2, 16)] == [16, 16]
-    assert [len(batch) for batch in calibration_batches(run, 9, 50)] == [50, 14]
+    assert [len(batch) for batch in calibration_batches(run, 2)] == [16, 16]
+    assert [len(batch) for batch in calibration_batches(run, 9)] == [16, 16, 16, 16]
+
+
+def snn_of_ones_own() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        snntorch.Leaky(beta=0.9, reset_mechanism="zero", init_hidden=True),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+    )
+
+
+def test_a_ready_made_snn_enters_after_conversion(data: Path, tmp_path: Path) -> None:
+    settings = values(data, finetuning__epochs=0)
+    settings["network"] = "tests.pipeline.test_run:snn_of_ones_own"
+    run = Run(validate_config(settings, "test"), tmp_path, "")
+    run.ensure("finetune")
+    network = load_float(run.result("finetune"))
+    module = snn_of_ones_own()
+    assert torch.equal(network.layers["conv1"].weight, module[0].weight)
+    assert [neurons.beta.item() for _, neurons in network.neurons()] == pytest.approx([0.9])
+
+
+def test_options_of_conversion_reach_the_neurons(data: Path, tmp_path: Path) -> None:
+    run = Run(config(data, conversion__beta=0.75, conversion__reset="subtract"), tmp_path, "")
+    run.ensure("convert")
+    options = [layer.options for layer in load_float(run.result("convert")).graph.layers if layer.kind == "spike"]
+    assert options == [{"beta": 0.75, "subtract": True}] * 3
+
+
+def test_width_goes_with_networks_of_the_zoo(data: Path, tmp_path: Path) -> None:
+    settings = {**values(data), "width": 0.5, "network": "digits-cnn"}
+    narrow = start_network(Run(validate_config(settings, "test"), tmp_path, ""))
+    assert narrow.layers["conv1"].weight.shape[0] == 8
+    with pytest.raises(SpikeguardError, match="width is for networks of the zoo"):
+        start_network(Run(validate_config({**values(data), "width": 0.5}, "test"), tmp_path, ""))
 
 
 def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
