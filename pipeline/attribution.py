@@ -28,7 +28,7 @@ class AttributionRow:
 
     Attributes:
         rounded: what was rounded: "nothing" (what is left is float32 against float64), "weights" (their mean error
-            taken back by an unrounded bias), "thresholds", "bias", "input" (the constant input channel), "decay", or
+            taken back by an unrounded bias), "thresholds", "bias", "input" (the constant input channels), "decay", or
             "everything", which is the integer network itself.
         disagreement: share of spikes that differ from the float model's, by spiking population.
         logit_error: root mean square error of the logits, relative to their own root mean square.
@@ -106,13 +106,13 @@ def _nothing(_real: RealPopulation, _integer: RoundedPopulation) -> RealPopulati
 def _weights(real: RealPopulation, integer: RoundedPopulation) -> RealPopulation | None:
     scaled = scaled_population(real, integer)
     synapses = tuple(
-        replace(synapse, weight=_without_constant_channel(synapse, one.weight))
+        replace(synapse, weight=_without_constant_channels(synapse, one.weight))
         for synapse, one in zip(scaled.synapses, integer.synapses, strict=True)
     )
     return replace(scaled, synapses=synapses, bias=scaled.bias - integer.mean_error)
 
 
-def _without_constant_channel(synapse: RealSynapse, weight: NDArray[np.int32]) -> Float64Array:
+def _without_constant_channels(synapse: RealSynapse, weight: NDArray[np.int32]) -> Float64Array:
     return weight[:, : synapse.weight.shape[1]].astype(np.float64)
 
 

@@ -25,7 +25,8 @@ from hardware.network import (
     Shape,
     Synapse,
 )
-from pipeline.integer_recipe import RoundedPopulation, input_spec
+from pipeline.constant_channels import input_spec
+from pipeline.integer_recipe import RoundedPopulation
 
 Array = NDArray[Any]
 
@@ -63,10 +64,10 @@ class RecordedActivity:
         """Activity of a source: ``(samples, *shape)`` codes, or ``(samples, steps, *shape)`` spikes."""
         return self.codes if source == INPUT else self.spikes[source]
 
-    def shape_of(self, source: str, constant_code: int) -> Shape:
-        """Of what a synapse reads, the constant channel included."""
+    def shape_of(self, source: str, codes: tuple[int, ...]) -> Shape:
+        """Of what a synapse reads, constant channels included."""
         if source == INPUT:
-            return input_spec(self.codes.shape[1:], constant_code).presented_shape
+            return input_spec(self.codes.shape[1:], codes).presented_shape
         return self.spikes[source].shape[2:]
 
 
@@ -94,7 +95,7 @@ def respond(rounded: RoundedPopulation, activity: RecordedActivity, samples: int
         for one, weight in zip(incoming, weights, strict=True):
             add, into = (kernels.add_codes, held) if one.source == INPUT else (kernels.add_spikes, stepped)
             rows = into.reshape(-1, positions, channels)
-            read = _channels_last(one, activity, part, rounded.constant_code)
+            read = _channels_last(one, activity, part, rounded.constant_codes)
             add(read, one.edges.first, one.edges.target, one.edges.tap, weight, rows)
         if not population.spiking:
             per_step = held.astype(np.int64) + (bias.astype(np.int64) >> FRACTION_BITS)
@@ -119,7 +120,7 @@ def sum_bounds(rounded: RoundedPopulation, shapes: Mapping[str, Shape]) -> Bound
 
     Args:
         rounded: the population.
-        shapes: of its sources, by name, of the image without a constant channel.
+        shapes: of its sources, by name, of the image without constant channels.
     """
     population = rounded.population
     lower, upper = np.zeros(population.shape, np.int64), np.zeros(population.shape, np.int64)
@@ -127,7 +128,7 @@ def sum_bounds(rounded: RoundedPopulation, shapes: Mapping[str, Shape]) -> Bound
     for synapse in rounded.synapses:
         # To a synapse it makes no difference where the activity comes from, so each is looked at by itself.
         if synapse.source == INPUT:
-            spec = input_spec(shapes[INPUT], rounded.constant_code)
+            spec = input_spec(shapes[INPUT], rounded.constant_codes)
         else:
             spec = InputSpec(shapes[synapse.source], 1)
         network = IntegerNetwork(spec, (alone,), (replace(synapse, source=INPUT),), 1)
@@ -151,7 +152,7 @@ class _Incoming:
 
 
 def _prepare(synapse: Synapse, rounded: RoundedPopulation, activity: RecordedActivity) -> _Incoming:
-    shape = activity.shape_of(synapse.source, rounded.constant_code)
+    shape = activity.shape_of(synapse.source, rounded.constant_codes)
     positions, channels = positions_and_channels(shape)
     taps = positions if synapse.kind == "dense" else int(np.prod(synapse.weight.shape[2:]))
     weight = np.ascontiguousarray(synapse.weight.reshape(-1, channels, taps).transpose(2, 1, 0))
@@ -171,11 +172,11 @@ def _is_narrow(rounded: RoundedPopulation, incoming: Sequence[_Incoming]) -> boo
     return bool(largest < NARROW_LIMIT)
 
 
-def _channels_last(one: _Incoming, activity: RecordedActivity, part: slice, constant_code: int) -> Array:
+def _channels_last(one: _Incoming, activity: RecordedActivity, part: slice, codes: tuple[int, ...]) -> Array:
     """What a synapse reads of some samples: ``(rows, positions, channels)``."""
     values: Array
     if one.source == INPUT:
-        values = input_spec(activity.codes.shape[1:], constant_code).present(activity.codes[part]).astype(np.int32)
+        values = input_spec(activity.codes.shape[1:], codes).present(activity.codes[part]).astype(np.int32)
     else:
         values = activity.spikes[one.source][part]
         values = values.reshape(-1, *values.shape[2:])

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware.errors import RuleViolations, Violation
-from hardware.network import DECAY_UNITY, INPUT, InputSpec, IntegerNetwork, Population, Synapse
-from pipeline.folding import RealPopulation, RealSynapse
+from hardware.network import DECAY_UNITY, INPUT, IntegerNetwork, Population, Synapse
+from pipeline.constant_channels import ConstantChannels, input_spec, split_constant
+from pipeline.folding import RealPopulation
 from pipeline.models.graph import Shape
 from pipeline.number_formats import NumberFormat
 from pipeline.rounding import InputStatistics, round_compensated
 
 Float64Array = NDArray[np.float64]
-MAX_CODE = 255
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,14 @@ class Grid:
         scale: weight units per real unit.
         format: of its integers.
         exponents: one per synapse.
-        constant_code: of the network's constant input channel, 0 for no such channel; None if this population alone
-            reads pixels and may have the smallest that suits it.
+        constant_codes: of the network's constant input channels; None if this population alone reads pixels and may
+            have the smallest that suit it.
     """
 
     scale: float
     format: NumberFormat
     exponents: tuple[int, ...]
-    constant_code: int | None = None
-
-
-@dataclass(frozen=True)
-class ConstantChannel:
-    """The constant part of what a population reads of the image, as one more input channel; weight units.
-
-    Attributes:
-        kernel: with the geometry of the weights, one channel; multiples of ``2**exponent``.
-        code: that the channel holds; 0 if there is no channel.
-        smallest_code: with which the kernel would still fit.
-        bias: ``(out,)`` that is left.
-        error: by rounding the kernel, per tap, ``(out, kernel, kernel)`` or ``(out, positions)``; the bias makes up
-            for the tap over the pixel itself.
-    """
-
-    kernel: Float64Array
-    code: int
-    smallest_code: int
-    bias: Float64Array
-    error: Float64Array
+    constant_codes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,22 +47,22 @@ class RoundedPopulation:
     """A population as integers, and what rounding did to it (in weight units).
 
     Attributes:
-        synapses: in the order of the real ones; one that reads pixels has the constant channel last, if there is one.
-        constant: that channel; None if the population reads no pixels.
+        synapses: in the order of the real ones; one that reads pixels has the constant channels last.
+        constant: those channels; None if the population reads no pixels.
         mean_error: ``(out,)`` of the sums, by rounding the weights; the bias took it back.
         bias_error: ``(out,)``, by rounding the bias.
     """
 
     population: Population
     synapses: tuple[Synapse, ...]
-    constant: ConstantChannel | None
+    constant: ConstantChannels | None
     mean_error: Float64Array
     bias_error: Float64Array
 
     @property
-    def constant_code(self) -> int:
-        """Of the constant channel; 0 if there is none."""
-        return 0 if self.constant is None else self.constant.code
+    def constant_codes(self) -> tuple[int, ...]:
+        """Of the constant channels that it reads."""
+        return () if self.constant is None else self.constant.codes
 
 
 def round_population(
@@ -109,15 +89,14 @@ def round_population(
         rounded, mean_error = round_compensated(flat, statistics, low, high, steps)
     parts = dict(zip(order, np.split(rounded, np.cumsum(sizes)[:-1], axis=1), strict=True))
     bias = real.bias * scale - mean_error
-    constant: ConstantChannel | None = None
+    constant: ConstantChannels | None = None
     synapses = []
     for i, (synapse, exponent) in enumerate(zip(real.synapses, grid.exponents, strict=True)):
         weight = parts[i].reshape(synapse.weight.shape)
         if synapse.source == INPUT:
-            constant = split_constant(synapse, grid, exponent, bias, input_shape)
+            constant = split_constant(synapse, scale, 2**exponent, grid.format, bias, input_shape, grid.constant_codes)
             bias = constant.bias
-            if constant.code:
-                weight = np.concatenate([weight, constant.kernel], axis=1)
+            weight = np.concatenate([weight, constant.kernel], axis=1)
         integers = weight.astype(np.int32)
         synapses.append(
             Synapse(
@@ -185,54 +164,6 @@ def lies_on_the_grid(real: RealPopulation) -> bool:
     return real.beta == 1 and not real.subtract
 
 
-def split_constant(
-    synapse: RealSynapse, grid: Grid, exponent: int, bias: Float64Array, input_shape: Shape
-) -> ConstantChannel:
-    """The constant part of a synapse that reads pixels as a constant input channel plus what is left for the bias.
-
-    Where one tap meets every output position (the tap over the pixel itself), it carries the bias too, to the nearest
-    multiple of the code, if a chip's bias has too few bits for it.
-
-    Args:
-        synapse: that reads pixels.
-        grid, exponent: of its weights.
-        bias: ``(out,)`` of the population, in weight units.
-        input_shape: of one image.
-    """
-    step, (_, largest) = 2**exponent, grid.format.mantissas
-    needed = (
-        np.zeros((len(bias), int(np.prod(input_shape[1:]))))
-        if synapse.kind == "dense"
-        else np.zeros((len(bias), *synapse.weight.shape[2:]))
-    )
-    if synapse.constant is not None:
-        needed = synapse.constant * grid.scale
-    max_bias = grid.format.max_bias
-    is_needed = bool(needed.any()) or (max_bias is not None and np.abs(bias).max(initial=0) > max_bias)
-    anchor = anchor_of(synapse)
-    if anchor is not None and is_needed and max_bias is not None:
-        needed[anchor] += bias
-        bias = np.zeros_like(bias)
-    smallest = max(1, int(np.ceil(np.abs(needed).max() / (largest * step)))) if is_needed else 0
-    code = smallest if grid.constant_code is None else grid.constant_code
-    kernel = np.rint(needed / (max(code, 1) * step)) * step
-    error = kernel * code - needed
-    if anchor is not None:
-        bias = bias - error[anchor]
-        error[anchor] = 0
-    shaped = kernel[:, None] if synapse.kind == "conv" else kernel
-    return ConstantChannel(shaped, code, smallest, bias, error)
-
-
-def anchor_of(synapse: RealSynapse) -> tuple[Any, ...] | None:
-    """Index of the tap that meets every output position, if there is one."""
-    if synapse.kind == "dense":
-        return slice(None), 0
-    if synapse.weight.shape[2] < 2 * synapse.padding + 1:
-        return None
-    return slice(None), synapse.padding, synapse.padding
-
-
 def assemble(
     rounded: Sequence[RoundedPopulation], input_shape: Shape, steps: int, provenance: Mapping[str, Any]
 ) -> IntegerNetwork:
@@ -242,14 +173,9 @@ def assemble(
         RuleViolations: if it is not one: a constant part has no code of 8 bits.
     """
     return IntegerNetwork(
-        input_spec(input_shape, max(one.constant_code for one in rounded)),
+        input_spec(input_shape, max((one.constant_codes for one in rounded), key=len)),
         tuple(one.population for one in rounded),
         tuple(synapse for one in rounded for synapse in one.synapses),
         steps,
         provenance,
     )
-
-
-def input_spec(shape: Shape, constant_code: int) -> InputSpec:
-    """8-bit pixels, and the constant channel if there is one."""
-    return InputSpec(shape, MAX_CODE, (constant_code,) if constant_code else ())

@@ -15,8 +15,9 @@ import numpy as np
 
 from hardware.errors import RuleViolations, Violation
 from hardware.network import FRACTION_BITS, INPUT, IntegerNetwork
+from pipeline.constant_channels import MAX_CODE, shared_codes
 from pipeline.folding import RealPopulation, fold
-from pipeline.integer_recipe import MAX_CODE, Grid, RoundedPopulation, assemble, require_finite, round_population
+from pipeline.integer_recipe import Grid, RoundedPopulation, assemble, require_finite, round_population
 from pipeline.models.graph import Shape
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.number_formats import WIDE
@@ -43,9 +44,9 @@ def map_wide(network: SpikingNetwork, provenance: Mapping[str, Any] | None = Non
     populations, shape = fold(network), network.graph.input_shape
     require_finite(populations)
     rounded = [_round_finely(population, shape, network.steps) for population in populations]
-    code = max(one.constant_code for one in rounded)
+    codes = shared_codes(one.constant for one in rounded if one.constant is not None)
     shared = [
-        round_population(population, replace(_grid(population, one.population.scale), constant_code=code), shape)
+        round_population(population, replace(_grid(population, one.population.scale), constant_codes=codes), shape)
         for population, one in zip(populations, rounded, strict=True)
     ]
     return assemble(shared, shape, network.steps, provenance or {})
@@ -58,7 +59,8 @@ def _round_finely(real: RealPopulation, input_shape: Shape, steps: int) -> Round
     while True:
         rounded = round_population(real, _grid(real, scale), input_shape)
         reached = _largest_membrane(rounded, steps)
-        if rounded.constant_code <= MAX_CODE and reached <= STATE_LIMIT:
+        fits = rounded.constant is None or rounded.constant.room >= 1
+        if fits and reached <= STATE_LIMIT:
             return rounded
         scale /= 2
         if scale < SMALLEST_SCALE * ceiling:

@@ -16,6 +16,7 @@ EXPONENT: Mapping[Literal["conv", "dense"], int] = {"conv": 0, "dense": 1}
 CONV_SHIFTS = 7
 """Powers of two that a conv's 8-bit mantissas may be shifted by: Loihi's weight exponent ends at 7. Those of dense
 synapses cannot be, for their weights end at 254."""
+CONSTANT_CHANNELS = 1
 WIDE_BITS, WIDE_SHIFTS = 24, 7
 """Weights of the mapping without rounding: 24-bit mantissas, which shifted by 7 still fit 32 bits."""
 
@@ -28,11 +29,13 @@ class NumberFormat:
         bits: of the signed weight mantissas.
         exponents: by kind of synapse the powers of two that its weights may be multiples of.
         max_bias: largest magnitude of a bias; beyond, a constant input channel carries it. None if there is no limit.
+        constant_channels: that carry the constant part of an image, if it has one.
     """
 
     bits: int
     exponents: Mapping[Literal["conv", "dense"], range]
     max_bias: int | None
+    constant_channels: int = CONSTANT_CHANNELS
 
     @property
     def mantissas(self) -> tuple[int, int]:

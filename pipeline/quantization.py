@@ -29,10 +29,10 @@ from hardware.targets.loihi2 import (
 from hardware.targets.rules import check
 from pipeline.attacks.targets import to_images
 from pipeline.attribution import EVERYTHING, AttributionRow, Spikes, attribute, compare, relative_error
+from pipeline.constant_channels import MAX_CODE, shared_codes
 from pipeline.folding import RealPopulation, fold
 from pipeline.integer_population import RecordedActivity, Response, channels_together, respond, sum_bounds
 from pipeline.integer_recipe import (
-    MAX_CODE,
     Grid,
     RoundedPopulation,
     assemble,
@@ -188,8 +188,8 @@ def fitting_grids(
 ) -> dict[str, Grid]:
     """For each population the largest scale, in steps of 5 %, at which the target takes it, and its exponents there.
 
-    Where several populations read pixels, the constant input channel has one code, the largest that any of them may
-    need at any scale that is tried.
+    Where several populations read pixels, they share the codes of the constant input channels: the largest that any of
+    them may need at any scale that is tried.
 
     Raises:
         RuleViolations: if something still does not fit at a tiny scale.
@@ -202,8 +202,9 @@ def fitting_grids(
     if len(readers) > 1:
         largest = [_scaled(grids[p.name], CANDIDATES[-1]) for p in readers]
         finest = [round_population(p, grid, shapes[INPUT]) for p, grid in zip(readers, largest, strict=True)]
-        code = min(max(one.constant.smallest_code for one in finest if one.constant is not None), MAX_CODE)
-        grids.update({p.name: replace(grids[p.name], constant_code=code) for p in readers})
+        needed = shared_codes(one.constant for one in finest if one.constant is not None)
+        codes = tuple(min(code, MAX_CODE) for code in needed)
+        grids.update({p.name: replace(grids[p.name], constant_codes=codes) for p in readers})
     return grids
 
 
@@ -233,12 +234,9 @@ def headroom(rounded: RoundedPopulation, shapes: Mapping[str, Shape], steps: int
         shapes: of its sources.
         steps: T.
     """
-    population, constant = rounded.population, rounded.constant
-    if constant is not None and constant.code != constant.smallest_code:
-        if constant.code < constant.smallest_code:
-            return max(constant.code, 0.5) / constant.smallest_code
-    elif constant is not None and constant.code > MAX_CODE:
-        return MAX_CODE / constant.code
+    population = rounded.population
+    if rounded.constant is not None and rounded.constant.room < 1:
+        return rounded.constant.room
     state_limit = STATE_LIMIT / 2**FRACTION_BITS
     sums, bias = sum_bounds(rounded, shapes), population.bias
     reached = [

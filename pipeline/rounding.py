@@ -25,9 +25,9 @@ from pipeline.folding import RealSynapse
 Float64Array = NDArray[np.float64]
 DAMPING = 0.01
 """Share of the mean variance added to each input's, so that inputs that hardly vary do not absorb everything."""
-MAX_INPUTS = 4096
-"""Inputs per neuron up to which the covariance (its square) is worth keeping."""
-BLOCK_INPUTS = 1024
+MAX_INPUTS = 2304
+"""Inputs per neuron up to which the covariance (its square) is worth keeping: a 3x3 kernel over 256 channels."""
+BLOCK_INPUTS = 512
 """Beyond that, inputs of one synapse whose errors may cancel among themselves."""
 PRODUCTS, VALUES = 3 * 10**10, 2**25
 """Multiplications spent on a covariance, and values read for it; more rows than they allow are sampled, but at least
@@ -176,18 +176,19 @@ def round_compensated(
     Returns:
         The rounded weights, and per output the mean error of its sums, which the bias is to take back.
     """
-    rounded = np.empty_like(weight)
+    # The transpose, where the weights of an input lie together.
+    remaining = np.ascontiguousarray(weight.T)
     first = 0
     for factor in statistics.factors:
         block = slice(first, first + len(factor))
-        rounded[:, block] = _round_block(weight[:, block], factor, low, high, steps[block])
+        _round_block(remaining[block], factor, low, high, steps[block])
         first = block.stop
-    return rounded, (rounded - weight) @ statistics.mean
+    rounded = np.ascontiguousarray(remaining.T)
+    return rounded, rounded @ statistics.mean - weight @ statistics.mean
 
 
-def _round_block(weight: Float64Array, factor: Float64Array, low: int, high: int, steps: Float64Array) -> Float64Array:
-    """One block of :func:`round_compensated`; works on the transpose, where the weights of an input lie together."""
-    remaining = np.ascontiguousarray(weight.T)
+def _round_block(remaining: Float64Array, factor: Float64Array, low: int, high: int, steps: Float64Array) -> None:
+    """Round weights ``(inputs, out)`` in place."""
     inputs = len(remaining)
     for start in range(0, inputs, PANEL):
         stop = min(start + PANEL, inputs)
@@ -198,4 +199,3 @@ def _round_block(weight: Float64Array, factor: Float64Array, low: int, high: int
             remaining[j + 1 : stop] -= np.outer(factor[j, j + 1 : stop], error)
             remaining[j], errors[j - start] = kept, error
         remaining[stop:] -= factor[start:stop, stop:].T @ errors
-    return remaining.T

@@ -199,6 +199,7 @@ def test_all_problems_are_told_at_once_and_nobody_is_blamed_for_another() -> Non
     rows = problems(CONV1, POOL1, RELU1, RELU2, NORM1, layer("conv2", "conv", **CONV), FLATTEN)
     assert [row.object for row in rows] == ["pool1", "neurons2", "norm1", "conv2", "flatten1"]
     assert all(row.remedy for row in rows)
+    assert told(CONV1, FLATTEN, HEAD) == {("flatten1", "flattening follows neurons")}
 
 
 def test_spiking_output_neurons_are_answered_with_the_average_of_their_current() -> None:

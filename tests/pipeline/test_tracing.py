@@ -355,7 +355,7 @@ class Odd(nn.Module):
         self.conv, self.conv2 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
         self.bias = nn.Parameter(torch.ones(4, 1, 1))
         self.a = nn.Parameter(torch.tensor(0.5))
-        self.drop = nn.Dropout(0.5)
+        self.drop, self.relu = nn.Dropout(0.5), nn.ReLU(inplace=True)
         self.oddity = oddity
         self.head = nn.Linear(256, 3)
 
@@ -411,12 +411,17 @@ def changed_by_a_neuron(module: Odd, x: Tensor) -> Tensor:
     return torch.relu(F.relu(current, inplace=True) + -1 * current)
 
 
+def changed_by_a_module(module: Odd, x: Tensor) -> Tensor:
+    current = module.conv2(x)
+    return torch.relu(module.relu(current) + -1 * current)
+
+
 def always_dropped(module: Odd, x: Tensor) -> Tensor:  # noqa: ARG001
     return F.dropout(x, 0.5)
 
 
 def test_what_a_trace_does_not_show_is_found_by_running_the_module() -> None:
-    for oddity in (changed_by_a_product, changed_by_a_neuron, always_dropped):
+    for oddity in (changed_by_a_product, changed_by_a_neuron, changed_by_a_module, always_dropped):
         with pytest.raises(SpikeguardError, match="other logits"):
             trace_network(Odd(oddity), SHAPE)
     traced_and_equal(Odd(lambda m, x: F.relu(m.conv2(x), inplace=True)))

@@ -113,6 +113,30 @@ def test_wide_networks_of_28_layers_are_as_large_as_published() -> None:
     assert 5.8e6 < parameters(on_paper("wrn-28-4", 10, 3, 32)) < 5.9e6
 
 
+@pytest.mark.parametrize(
+    ("name", "sides", "dropouts"),
+    [
+        ("digits-cnn", {8: 1, 4: 1, 0: 1}, 0),
+        ("cnn-28", {28: 1, 14: 1, 7: 1}, 0),
+        ("vgg11", {32: 1, 16: 2, 8: 3, 4: 2, 0: 2}, 2),
+        ("vgg16", {32: 2, 16: 2, 8: 3, 4: 3, 2: 3, 0: 2}, 2),
+        ("vgg11-tiny", {8: 1, 4: 2, 2: 3, 1: 2, 0: 1}, 1),
+        # The first activation of a block comes before its stride.
+        ("wrn-16-4", {8: 5, 4: 4, 2: 4}, 0),
+        ("wrn-28-4", {8: 9, 4: 8, 2: 8}, 0),
+        ("resnet-20", {8: 7, 4: 6, 2: 6}, 0),
+        ("resnet-32", {8: 11, 4: 10, 2: 10}, 0),
+    ],
+)
+def test_images_shrink_where_they_should(name: str, sides: dict[int, int], dropouts: int) -> None:
+    """How many layers of neurons there are at each size of the image; 0 stands for features."""
+    graph = traced(name).graph
+    shapes = [shape for layer, shape in graph.shapes().items() if graph.by_name[layer].kind == "relu"]
+    found = [shape[1] if len(shape) == 3 else 0 for shape in shapes]
+    assert found == [side for side, count in sides.items() for _ in range(count)]
+    assert [layer.options["p"] for layer in graph.layers if layer.kind == "dropout"] == [0.2] * dropouts
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_have_no_biases_and_start_halfway_between_shortcut_and_branch(name: str) -> None:
     module = small(name)

@@ -1,0 +1,128 @@
+"""The constant part of what neurons read of an image, as constant input channels with kernels of their own.
+
+Normalisation adds a constant, and because the network pads *after* normalising, that constant is missing where a kernel
+hangs over the border: it differs from tap to tap, and no bias per channel can hold it. Nor can a chip's bias hold much
+at all. A channel that holds a code everywhere can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware.network import InputSpec
+from pipeline.folding import RealSynapse
+from pipeline.models.graph import Shape
+from pipeline.number_formats import NumberFormat
+
+Float64Array = NDArray[np.float64]
+MAX_CODE = 255
+
+
+@dataclass(frozen=True)
+class ConstantChannels:
+    """Constant input channels as one synapse reads them; weight units.
+
+    Attributes:
+        kernel: with the geometry of the weights; multiples of the synapse's step.
+        codes: that the channels hold; none if no channel is needed.
+        smallest_codes: with which the kernels would still fit the weights' bits.
+        bias: ``(out,)`` that is left.
+        error: by rounding the kernels, per tap, ``(out, kernel, kernel)`` or ``(out, positions)``; the bias makes up
+            for the tap over the pixel itself.
+    """
+
+    kernel: Float64Array
+    codes: tuple[int, ...]
+    smallest_codes: tuple[int, ...]
+    bias: Float64Array
+    error: Float64Array
+
+    @property
+    def room(self) -> float:
+        """How many times larger the constant part could be before its codes do not suffice; below 1 they do not."""
+        limits = self.codes if self.codes != self.smallest_codes else (MAX_CODE,) * len(self.codes)
+        pairs = zip_longest(limits, self.smallest_codes, fillvalue=0)
+        return min((max(limit, 0.5) / smallest for limit, smallest in pairs if smallest), default=np.inf)
+
+
+def split_constant(
+    synapse: RealSynapse,
+    scale: float,
+    step: int,
+    numbers: NumberFormat,
+    bias: Float64Array,
+    input_shape: Shape,
+    codes: tuple[int, ...] | None = None,
+) -> ConstantChannels:
+    """The constant part of a synapse that reads pixels as constant input channels, and what is left for the bias.
+
+    Each channel carries what those before it leave, to the nearest multiple of its code and of the step. Where one tap
+    meets every output position (the tap over the pixel itself), it carries the bias too, if a chip's bias has too few
+    bits for it.
+
+    Args:
+        synapse: that reads pixels, in real units.
+        scale: weight units per real unit.
+        step: its weights are multiples of.
+        numbers: its integers.
+        bias: ``(out,)`` of the population, in weight units.
+        input_shape: of one image.
+        codes: of the network's channels; None to take the smallest that suit.
+    """
+    left = _constant_part(synapse, scale, len(bias), input_shape)
+    max_bias = numbers.max_bias
+    is_needed = bool(left.any()) or (max_bias is not None and np.abs(bias).max(initial=0) > max_bias)
+    anchor = _anchor(synapse)
+    if anchor is not None and is_needed and max_bias is not None:
+        left[anchor] += bias
+        bias = np.zeros_like(bias)
+    kernels, used, smallest_codes = [], [], []
+    for index in range(len(codes) if codes is not None else numbers.constant_channels if is_needed else 0):
+        smallest = max(1, int(np.ceil(np.abs(left).max() / (numbers.mantissas[1] * step)))) if is_needed else 0
+        code = smallest if codes is None else codes[index]
+        kernel = np.rint(left / (code * step)) * step
+        left = left - kernel * code
+        kernels.append(kernel[:, None] if synapse.kind == "conv" else kernel)
+        used.append(code)
+        smallest_codes.append(smallest)
+    if is_needed and not used:
+        smallest_codes.append(1)
+    if anchor is not None:
+        bias = bias + left[anchor]
+        left[anchor] = 0
+    shape = (len(bias), 0, *synapse.weight.shape[2:])
+    kernel = np.concatenate(kernels, axis=1) if kernels else np.zeros(shape)
+    return ConstantChannels(kernel, tuple(used), tuple(smallest_codes), bias, -left)
+
+
+def shared_codes(readers: Iterable[ConstantChannels]) -> tuple[int, ...]:
+    """Codes that suit all who read the same channels."""
+    return tuple(max(codes) for codes in zip_longest(*(reader.smallest_codes for reader in readers), fillvalue=0))
+
+
+def input_spec(shape: Shape, codes: tuple[int, ...]) -> InputSpec:
+    """8-bit pixels and constant channels."""
+    return InputSpec(shape, MAX_CODE, codes)
+
+
+def _constant_part(synapse: RealSynapse, scale: float, outputs: int, input_shape: Shape) -> Float64Array:
+    """Per tap, in weight units; always a new array."""
+    if synapse.constant is not None:
+        return synapse.constant * scale
+    taps = (int(np.prod(input_shape[1:])),) if synapse.kind == "dense" else synapse.weight.shape[2:]
+    return np.zeros((outputs, *taps))
+
+
+def _anchor(synapse: RealSynapse) -> tuple[Any, ...] | None:
+    """Index of the tap that meets every output position, if there is one."""
+    if synapse.kind == "dense":
+        return slice(None), 0
+    if synapse.weight.shape[2] < 2 * synapse.padding + 1:
+        return None
+    return slice(None), synapse.padding, synapse.padding
