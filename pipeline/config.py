@@ -21,7 +21,6 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Averaging = Annotated[float, Field(ge=0, lt=1)]
 MAX_DEPTH = 16
-Bits = Annotated[int, Field(ge=2, le=8)]
 RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
 DataName = Literal["digits", "npz", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet"]
 WITHOUT_FOLDER = ("digits", "npz")
@@ -129,7 +128,15 @@ class FinetuningConfig(_Section):
 class QuantizationConfig(_Section):
     """The integer network."""
 
-    bits: Bits | dict[str, Bits] = Field(default=8, description="of every weight, or by population")
+    bits: int | dict[str, int] = Field(default=8, description="of every weight, or by population")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _weights_have_2_to_8_bits(cls, bits: object) -> object:
+        values = list(bits.values()) if isinstance(bits, dict) and bits else [bits]
+        if not all(type(value) is int and 2 <= value <= 8 for value in values):
+            raise ValueError("a number from 2 to 8, or one for each population (name: bits)")
+        return bits
 
 
 class FidelityConfig(_Section):

@@ -161,7 +161,8 @@ def fit(
             if records is not None:
                 save_checkpoint(records.checkpoint, records.key, state)
                 write_log(records.log, state.history)
-    model.load_state_dict(state.best)
+    if state.history:
+        model.load_state_dict(state.best)
     model.eval().cpu()
     return state.history
 

@@ -16,7 +16,7 @@ from pipeline.conversion import calibrate, convert
 from pipeline.data import Dataset, Splits, load_digits, split
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
 from pipeline.models.tracing import trace_network
-from pipeline.models.zoo import digits_cnn
+from pipeline.models.zoo import build
 from pipeline.objectives import Objective, natural, pgd_adversarial_training
 from pipeline.quantization import quantize
 from pipeline.training import images_of
@@ -138,7 +138,7 @@ def _splits() -> Splits:
 def _trained(objective: Callable[[], Objective], epochs: int, learning_rate: float) -> RateNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = RateNetwork(trace_network(digits_cnn(), (1, 8, 8)).graph)
+        network = RateNetwork(trace_network(build("digits-cnn", "digits", 10, 1, (1, 8, 8)), (1, 8, 8)).graph)
         _fit(network, objective(), _splits().train, epochs, learning_rate)
     return network.eval()
 

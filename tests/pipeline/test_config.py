@@ -45,7 +45,7 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("finetuning.epsilon", 1.5),
         ("training.epsilon", -0.1),
         ("training.epsilon", 1.5),
-        ("training.epochs", 0),
+        ("training.epochs", -1),
         ("training.attack_steps", 0),
         ("training.batch_size", 0),
         ("training.learning_rate", 0),
@@ -60,6 +60,8 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("quantization.bits", 9),
         ("quantization.bits", "8"),
         ("quantization.bits", True),
+        ("quantization.bits", {"neurons1": 9}),
+        ("quantization.bits", {}),
         ("fidelity.epsilon", 0),
         ("fidelity.epsilon", 0.003),
         ("fidelity.epsilon", 1.5),
@@ -92,7 +94,7 @@ def test_all_problems_are_told_at_once() -> None:
         {
             "sead": 1,
             "seed": -1,
-            "training": {"epochs": 0, "epsilom": 0.1},
+            "training": {"epochs": -1, "epsilom": 0.1},
             "quantization": {"bits": 9},
             "fidelity": {"epsilon": 1.5},
         }
