@@ -83,7 +83,10 @@ def split_constant(
         left[anchor] += bias
         bias = np.zeros_like(bias)
     kernels, used, smallest_codes = [], [], []
-    for index in range(len(codes) if codes is not None else numbers.constant_channels if is_needed else 0):
+    count = len(codes) if codes is not None else numbers.constant_channels if is_needed else 0
+    for index in range(count):
+        if codes is None and index and not _off_anchor(left, anchor).any():
+            break
         smallest = max(1, int(np.ceil(np.abs(left).max() / (numbers.mantissas[1] * step)))) if is_needed else 0
         code = smallest if codes is None else codes[index]
         kernel = np.rint(left / (code * step)) * step
@@ -95,7 +98,7 @@ def split_constant(
         smallest_codes.append(1)
     if anchor is not None:
         bias = bias + left[anchor]
-        left[anchor] = 0
+        left = _off_anchor(left, anchor)
     shape = (len(bias), 0, *synapse.weight.shape[2:])
     kernel = np.concatenate(kernels, axis=1) if kernels else np.zeros(shape)
     return ConstantChannels(kernel, tuple(used), tuple(smallest_codes), bias, -left)
@@ -126,3 +129,10 @@ def _anchor(synapse: RealSynapse) -> tuple[Any, ...] | None:
     if synapse.weight.shape[2] < 2 * synapse.padding + 1:
         return None
     return slice(None), synapse.padding, synapse.padding
+
+
+def _off_anchor(values: Float64Array, anchor: tuple[Any, ...] | None) -> Float64Array:
+    others = values.copy()
+    if anchor is not None:
+        others[anchor] = 0
+    return others

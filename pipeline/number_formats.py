@@ -17,6 +17,7 @@ CONV_SHIFTS = 7
 """Powers of two that a conv's 8-bit mantissas may be shifted by: Loihi's weight exponent ends at 7. Those of dense
 synapses cannot be, for their weights end at 254."""
 CONSTANT_CHANNELS = 1
+"""That may carry the constant part of an image; a second one would carry what rounding the first leaves."""
 WIDE_BITS, WIDE_SHIFTS = 24, 7
 """Weights of the mapping without rounding: 24-bit mantissas, which shifted by 7 still fit 32 bits."""
 

@@ -48,7 +48,7 @@ from pipeline.rounding import InputStatistics, input_statistics
 
 MIN_BITS, MAX_BITS = 2, 8
 # Scales tried, relative to the largest the target takes; above 1, large weights are clipped.
-CANDIDATES = tuple(np.geomspace(0.5, 1.35, 24))
+CANDIDATES: tuple[float, ...] = tuple(np.geomspace(0.5, 1.35, 24).tolist())
 SCALE_STEP = 0.95
 SMALLEST_SCALE = 2.0**-12
 # Connections times steps times images: for all populations together, for one candidate scale, for one hybrid.
