@@ -1,4 +1,4 @@
-"""Which neurons a synapse connects: the geometry of a convolution, unfolded once per source position."""
+"""Which neurons a synapse connects: the geometry of a convolution, unfolded per source or per target position."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ class Edges:
         return np.diff(self.first)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What a synapse reads, per target position, as a compressed list of runs.
+
+    With the channels of a position next to each other, a kernel row reads one run of source neurons, and its
+    weights are a run, as long, of the rows of ``(taps * channels, outputs)``. Padding is in no run. A dense synapse
+    is a kernel that covers the whole source.
+
+    Attributes:
+        first: int64 ``(target positions + 1,)``; runs ``first[t]:first[t + 1]`` are what position t reads.
+        runs: int64 ``(runs, 3)``: the first source neuron in (position, channel) order, the first row of the
+            weights, and how many of both.
+    """
+
+    first: NDArray[np.int64]
+    runs: NDArray[np.int64]
+
+
 def positions_and_channels(shape: Shape) -> tuple[int, int]:
     """Pixels and channels of a shape; ``(neurons,)`` is one pixel of many channels."""
     return (1, shape[0]) if len(shape) == 1 else (int(np.prod(shape[1:])), shape[0])
@@ -58,4 +76,34 @@ def edges(synapse: Synapse, source_shape: Shape) -> Edges:
         np.concatenate([[0], np.cumsum(counts)]),
         (row * out_width + column)[inside][order],
         (i * kernel_width + j)[inside][order],
+    )
+
+
+def windows(synapse: Synapse, source_shape: Shape, longest: int) -> Windows:
+    """Windows of ``synapse`` when it reads ``source_shape``, in runs of at most ``longest`` neurons."""
+    positions, channels = positions_and_channels(source_shape)
+    if synapse.kind == "dense":
+        return _split(np.array([0]), np.array([[0, 0, positions * channels]]), 1, longest)
+    height, width = source_shape[1:]
+    _, out_height, out_width = synapse.output_shape(source_shape)
+    kernel_height, kernel_width = synapse.weight.shape[2:]
+    target, tap_row = (axis.reshape(-1) for axis in np.indices((out_height * out_width, kernel_height)))
+    source_row = target // out_width * synapse.stride + tap_row - synapse.padding
+    left = target % out_width * synapse.stride - synapse.padding
+    first_tap = np.maximum(0, -left)
+    taps = np.minimum(kernel_width, width - left) - first_tap
+    inside = (source_row >= 0) & (source_row < height) & (taps > 0)
+    positions_read = np.stack([source_row * width + left + first_tap, tap_row * kernel_width + first_tap, taps], axis=1)
+    return _split(target[inside], positions_read[inside] * channels, out_height * out_width, longest)
+
+
+def _split(target: NDArray[np.int64], runs: NDArray[np.int64], targets: int, longest: int) -> Windows:
+    """Windows of runs that each belong to a target, in ascending order, cut where they are too long."""
+    pieces = -(-runs[:, 2] // longest)
+    begin = longest * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    source, row, length = np.repeat(runs, pieces, axis=0).T
+    counts = np.bincount(np.repeat(target, pieces), minlength=targets)
+    return Windows(
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.stack([source + begin, row + begin, np.minimum(length - begin, longest)], axis=1),
     )

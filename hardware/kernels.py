@@ -94,7 +94,7 @@ def integrate(
     Args:
         held: ``(samples, neurons)`` weight units, present at every step.
         stepped: ``(samples, steps, neurons)`` weight units, or no steps.
-        bias: ``(neurons,)`` state units, of the same type.
+        bias: ``(neurons,)`` state units, of the type that the state is computed in.
         threshold: state units.
         resets_to_zero: else the threshold is subtracted.
         spikes: bool ``(samples, steps, neurons)``, filled.
@@ -105,8 +105,8 @@ def integrate(
     """
     samples, steps, neurons = spikes.shape
     clipped = 0
-    v = np.empty(neurons, held.dtype)
-    drive = np.empty(neurons, held.dtype)
+    v = np.empty(neurons, bias.dtype)
+    drive = np.empty(neurons, bias.dtype)
     for sample in range(samples):
         v[:] = 0
         for neuron in range(neurons):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 
 from hardware import emulator as emulator_module
-from hardware import kernels
-from hardware.emulator import Emulator, count_saturations, run_emulator
+from hardware import kernels, proof_checks
+from hardware.bounds import Bounds, prove
+from hardware.emulator import Emulator, count_saturations, run_emulator, run_strictly
 from hardware.errors import RuleViolations
 from hardware.network import (
     FRACTION_BITS,
@@ -72,6 +73,11 @@ def test_emulator_equals_reference(case: Case) -> None:
     readouts = run_emulator(network, codes)
     assert np.array_equal(readouts.readouts, expected.readouts)
     assert readouts.populations == {}
+    spikes = run_emulator(network, codes, "spikes")
+    assert list(spikes.populations) == [p.name for p in network.populations if p.spiking]
+    for name, population in spikes.populations.items():
+        assert np.array_equal(population.spikes, expected.populations[name].spikes)
+        assert population.membranes is None
 
 
 def test_random_networks_are_alive() -> None:
@@ -158,6 +164,89 @@ def test_saturations_are_counted_where_the_reference_clips() -> None:
     membranes = run_emulator(network, codes, "traces").populations["sink"].membranes
     assert membranes is not None
     assert membranes[0, :, 0].tolist() == [-(255 * 512) << FRACTION_BITS] + 3 * [-STATE_LIMIT]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_strict_runs_find_no_wrong_proof_and_compute_the_same(case: Case) -> None:
+    network, codes = case
+    strict = run_strictly(network, codes, "traces")
+    assert_same(run_reference(network, codes), strict.trace)
+    assert {name for name, count in strict.saturations.items() if count} <= {
+        row.population for row in prove(network) if row.can_saturate
+    }
+
+
+def shrunk(proofs: dict[str, Bounds]) -> dict[str, Bounds]:
+    return {name: Bounds(0 * bounds.lower, 0 * bounds.upper) for name, bounds in proofs.items()}
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "objects", "rule"),
+    [
+        ("synaptic_bounds", shrunk, ["conv", "out"], "sum of one step is within its bounds"),
+        (
+            "synaptic_magnitudes",
+            lambda proofs: {name: magnitude // 4 for name, magnitude in proofs.items()},
+            ["conv"],
+            "sum of one step is within its magnitude",
+        ),
+        ("current_bounds", shrunk, ["conv", "out"], "current is within its bounds"),
+        ("membrane_bounds", shrunk, ["conv", "out"], "membrane is within its bounds"),
+        ("readout_bounds", lambda bounds: Bounds(0 * bounds.lower, 0 * bounds.upper), ["out"], "readout is within its"),
+    ],
+)
+def test_strict_runs_catch_wrong_bounds(
+    function: str, wrong: Callable[..., object], objects: list[str], rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(0, 16, (9, 1, 6, 6)).astype(np.uint8)
+    right = getattr(proof_checks, function)
+    monkeypatch.setattr(proof_checks, function, lambda given: wrong(right(given)))
+    with pytest.raises(RuleViolations) as refused:
+        run_strictly(network, codes)
+    found = [violation for violation in refused.value.violations if violation.rule.startswith(rule)]
+    assert [violation.object for violation in found] == objects
+    assert len(found) == len(refused.value.violations)
+
+
+def test_strict_runs_catch_wrong_proofs_of_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice strongly inhibited, a membrane is clipped, and then climbs to the threshold sooner than it should."""
+    network = IntegerNetwork(
+        InputSpec((2,), 255),
+        (
+            Population("neuron", (1,), 10, np.zeros(1, np.int64), 1.0),
+            Population("out", (1,), 0, np.zeros(1, np.int64), 1.0, spiking=False),
+        ),
+        (
+            Synapse("input", "neuron", "dense", np.array([[500, -500]], np.int32), 24),
+            Synapse("neuron", "out", "dense", np.ones((1, 1), np.int32), 8),
+        ),
+        4,
+    )
+    codes = np.array([[[0, 255], [0, 255], [255, 0], [255, 0]]], np.uint8)
+    assert run_strictly(network, codes).saturations == {"neuron": 1, "out": 0}
+
+    def wrong(given: IntegerNetwork) -> list[object]:
+        return [replace(row, can_saturate=False, saturation_is_harmless=True) for row in prove(given)]
+
+    monkeypatch.setattr(proof_checks, "prove", wrong)
+    with pytest.raises(RuleViolations) as refused:
+        run_strictly(network, codes)
+    assert [v.rule for v in refused.value.violations] == ["membrane is not clipped", "clipping changes no spike"]
+
+
+def test_the_first_of_many_contradictions_is_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = conv_network()
+    codes = np.random.default_rng(0).integers(1, 16, (9, 1, 6, 6)).astype(np.uint8)
+    right = proof_checks.synaptic_bounds(network)
+    upper = right["conv"].upper.copy()
+    upper[2, 3, 4] = right["conv"].lower[2, 3, 4]
+    monkeypatch.setattr(
+        proof_checks, "synaptic_bounds", lambda _: {**right, "conv": Bounds(right["conv"].lower, upper)}
+    )
+    with pytest.raises(RuleViolations, match=rf"45 outside, the first -?\d+ at neuron {2 * 36 + 3 * 6 + 4},"):
+        run_strictly(network, codes)
 
 
 def test_codes_of_another_shape_or_length_are_refused() -> None:
