@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from hardware.errors import RuleViolations, Violation
-from pipeline.models.layers import Add, Normalize, Scale
+from pipeline.models.layers import Add, Conv2d, Normalize, Scale
 
 LayerKind = Literal[
     "normalize", "conv", "linear", "batch_norm", "relu", "spike", "avg_pool", "flatten", "dropout", "add", "scale"
@@ -355,7 +355,7 @@ def _build_normalize(options: Options) -> nn.Module:
 
 def _build_conv(options: Options) -> nn.Module:
     sizes = {key: int(options[key]) for key in ("in_channels", "out_channels", "kernel_size", "stride", "padding")}
-    return nn.Conv2d(
+    return Conv2d(
         sizes["in_channels"],
         sizes["out_channels"],
         sizes["kernel_size"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -25,6 +26,21 @@ class Normalize(nn.Module):
         """Normalise ``(samples, channels, ...)``."""
         shape = (1, -1, *([1] * (images.ndim - 2)))
         return (images - self.mean.view(shape)) / self.std.view(shape)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that takes every n-th pixel by itself where its kernel is a single pixel.
+
+    oneDNN's weight gradient of such strided convolutions writes past its memory for few channels that lie together,
+    on CPUs with AVX2 and no AVX-512 (torch 2.13); without a stride it does not.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(samples, channels, height, width)``."""
+        if self.kernel_size == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1):
+            rows, columns = self.stride
+            return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
+        return super().forward(input)
 
 
 class Add(nn.Module):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hardware.errors import RuleViolations, Violation
-from pipeline.models.graph import INPUT, Layer, LayerGraph, LayerKind, misfits
+from pipeline.models.graph import INPUT, Layer, LayerGraph, LayerKind, build_module, misfits
 from pipeline.models.spiking import RateNetwork
 from tests.pipeline.samples import NETWORKS, rate_network
 
@@ -301,3 +301,24 @@ def test_biases_in_residual_networks_come_after_the_last_sum() -> None:
     spiking = LayerGraph((1, 4, 4), RESIDUAL).spiking()
     biases = {layer.name: layer.options["bias"] for layer in spiking.layers if "bias" in layer.options}
     assert biases == {"conv1": False, "conv2": False, "head": True}
+
+
+@pytest.mark.parametrize("channels", [(3, 6), (1, 7), (4, 8), (16, 32)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_convolutions_of_single_pixels_equal_torchs(channels: tuple[int, int], stride: int) -> None:
+    """Often enough to find memory that is written past its end."""
+    sizes = {"in_channels": channels[0], "out_channels": channels[1]}
+    options = {**CONV, **sizes, "kernel_size": 1, "stride": stride, "padding": 0, "bias": True}
+    ours = build_module(layer("conv1", "conv", **options)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    theirs = nn.Conv2d(*channels, 1, stride).double()
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(20):
+        x = torch.randn(18, channels[0], 8, 7).to(memory_format=torch.channels_last).requires_grad_()
+        y = x.detach().double().requires_grad_()
+        answer, expected = ours(x), theirs(y)
+        torch.testing.assert_close(answer.double(), expected, rtol=1e-5, atol=1e-5)
+        slope = torch.randn_like(answer)
+        found = torch.autograd.grad(answer, [x, *ours.parameters()], slope)
+        wanted = torch.autograd.grad(expected, [y, *theirs.parameters()], slope.double())
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
