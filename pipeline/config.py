@@ -129,6 +129,10 @@ class QuantizationConfig(_Section):
     """The integer network."""
 
     bits: int | dict[str, int] = Field(default=8, description="of every weight, or by population")
+    epochs: Whole = Field(
+        default=0, description="of fine-tuning on the integers' grid, with the objective of finetuning; 0 only rounds"
+    )
+    learning_rate: Positive = Field(default=0.01, description="of that fine-tuning")
 
     @field_validator("bits", mode="before")
     @classmethod

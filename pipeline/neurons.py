@@ -128,9 +128,8 @@ class Leaky(snntorch.Leaky):  # type: ignore[misc]
         Returns:
             0/1 spikes ``(steps, samples, ...)``.
         """
-        settings = _Settings(steps, self._beta, self.subtracts, rule or self.surrogate)
-        spikes: Tensor = _Spikes.apply(current, self.effective_threshold, settings)  # type: ignore[no-untyped-call]
-        return spikes
+        neuron = self.effective_threshold, self._beta, self.subtracts
+        return fire(current, *neuron, steps, rule or self.surrogate)
 
     @torch.no_grad()
     def membranes(self, current: Tensor, steps: int) -> Tensor:
@@ -141,6 +140,22 @@ class Leaky(snntorch.Leaky):  # type: ignore[misc]
     def clamp_threshold(self) -> None:
         """Keep the stored threshold at or above ``MIN_THRESHOLD`` (after an optimiser step)."""
         self.threshold.clamp_(min=MIN_THRESHOLD)
+
+
+def fire(current: Tensor, threshold: Tensor, beta: float, subtract: bool, steps: int, rule: SpikeRule) -> Tensor:
+    """0/1 spikes ``(steps, samples, ...)`` of neurons that integrate from zero, with gradients to both tensors.
+
+    Args:
+        current: ``(steps, samples, ...)``, or ``(1, samples, ...)`` if it is the same at every step.
+        threshold: a single value.
+        beta: share of the membrane kept from step to step.
+        subtract: whether the reset subtracts the threshold instead of clearing the membrane.
+        steps: T.
+        rule: how gradients pass the spikes.
+    """
+    settings = _Settings(steps, beta, subtract, rule)
+    spikes: Tensor = _Spikes.apply(current, threshold, settings)  # type: ignore[no-untyped-call]
+    return spikes
 
 
 def _spike_function(rule: GradientRule) -> Callable[[Tensor], Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hardware.surrogates import ENSEMBLE
 from pipeline.compute import Compute, choose_device
-from pipeline.config import ComputeConfig, FinetuningConfig, TrainingConfig
+from pipeline.config import ComputeConfig, Config, FinetuningConfig, TrainingConfig
 from pipeline.data.augmentation import Augmentation
 from pipeline.objectives import Objective, mart, natural, pgd_adversarial_training, robust_finetuning, trades
 from pipeline.training import Schedule
@@ -40,6 +42,12 @@ def schedule_of(settings: TrainingConfig | FinetuningConfig) -> Schedule:
     return Schedule(
         settings.epochs, settings.batch_size, settings.learning_rate, settings.weight_decay, settings.averaging
     )
+
+
+def grid_schedule_of(config: Config) -> Schedule:
+    """The fine-tuning of integers: as that of the float SNN, but for its own length and learning rate."""
+    settings = config.quantization
+    return replace(schedule_of(config.finetuning), epochs=settings.epochs, learning_rate=settings.learning_rate)
 
 
 def augmentation_of(settings: TrainingConfig | FinetuningConfig) -> Augmentation:

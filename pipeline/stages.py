@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,15 @@ from pipeline.models.zoo import NETWORKS, build
 from pipeline.objectives import Objective, natural
 from pipeline.progress import console, track
 from pipeline.quantization import quantize
-from pipeline.recipes import augmentation_of, compute_of, finetuning_objective, schedule_of, training_objective
+from pipeline.quantization_aware import finetune_quantized, remeasured
+from pipeline.recipes import (
+    augmentation_of,
+    compute_of,
+    finetuning_objective,
+    grid_schedule_of,
+    schedule_of,
+    training_objective,
+)
 from pipeline.training import Records, fit, pixels
 
 if TYPE_CHECKING:
@@ -166,8 +174,13 @@ def save_network_files(folder: Path, network: RateNetwork | SpikingNetwork, hist
     for name, content in float_files(network).items():
         write_bytes(folder / name, content)
     if history:
-        rows = [f"{n},{e.loss:.6f},{e.clean:.6f},{e.robust:.6f}" for n, e in enumerate(history, 1)]
-        write_bytes(folder / "history.csv", "\n".join(["epoch,loss,clean,robust", *rows, ""]).encode())
+        write_history(folder, history)
+
+
+def write_history(folder: Path, history: list[Epoch]) -> None:
+    """Write a training's epochs as CSV."""
+    rows = [f"{n},{e.loss:.6f},{e.clean:.6f},{e.robust:.6f}" for n, e in enumerate(history, 1)]
+    write_bytes(folder / "history.csv", "\n".join(["epoch,loss,clean,robust", *rows, ""]).encode())
 
 
 def convert_network(run: Run, folder: Path) -> None:
@@ -227,17 +240,29 @@ def train_baseline(run: Run, folder: Path) -> None:
 
 
 def quantize_network(run: Run, folder: Path) -> None:
-    """Float SNN to integer network."""
-    settings = run.config
+    """Float SNN to integer network, which may then learn on, on its grid."""
+    settings, network = run.config, load_float(run.result("finetune"))
     order = np.random.default_rng(settings.seed).permutation(len(run.data.train))[:CALIBRATION_IMAGES]
+    calibration = run.data.train.codes[order]
     known = portable_settings(settings)
     provenance = {"config": {name: known[name] for name in WITHOUT_FIDELITY}, "data": settings.data.name}
-    result = quantize(
-        load_float(run.result("finetune")),
-        run.data.train.codes[order],
-        settings.quantization.bits,
-        provenance,
-    )
+    result = quantize(network, calibration, settings.quantization.bits, provenance)
+    if settings.quantization.epochs:
+        deployed, history = finetune_quantized(
+            network,
+            result.network,
+            finetuning_objective(settings.finetuning),
+            run.data.train,
+            run.data.validation,
+            grid_schedule_of(settings),
+            epsilon=settings.finetuning.epsilon,
+            seed=settings.seed,
+            augment=augmentation_of(settings.finetuning),
+            compute=replace(compute_of(settings.compute), precision="float32"),
+            records=run.records("quantize"),
+        )
+        result = remeasured(network, result, deployed, calibration)
+        write_history(folder, history)
     save_network(result.network, folder)
     write_json(folder / "scales.json", [asdict(choice) for choice in result.choices])
     write_json(folder / "attribution.json", [asdict(row) for row in result.attribution])

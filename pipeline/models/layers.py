@@ -28,19 +28,23 @@ class Normalize(nn.Module):
         return (images - self.mean.view(shape)) / self.std.view(shape)
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution that takes every n-th pixel by itself where its kernel is a single pixel.
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """``F.conv2d`` that takes every n-th pixel by itself where the kernel is a single pixel.
 
     oneDNN's weight gradient of such strided convolutions writes past its memory for few channels that lie together,
     on CPUs with AVX2 and no AVX-512 (torch 2.13); without a stride it does not.
     """
+    if weight.shape[2:] == (1, 1) and stride > 1 and not padding:
+        return F.conv2d(input[:, :, ::stride, ::stride], weight, bias)
+    return F.conv2d(input, weight, bias, stride, padding)
+
+
+class Conv2d(nn.Conv2d):
+    """A square convolution by :func:`convolve`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(samples, channels, height, width)``."""
-        if self.kernel_size == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1):
-            rows, columns = self.stride
-            return F.conv2d(input[:, :, ::rows, ::columns], self.weight, self.bias)
-        return super().forward(input)
+        return convolve(input, self.weight, self.bias, self.stride[0], int(self.padding[0]))
 
 
 class Add(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ from hardware.surrogates import ENSEMBLE
 from pipeline.config import ConfigError, FinetuningConfig, TrainingConfig, validate_config
 from pipeline.data.augmentation import Augmentation
 from pipeline.objectives import Objective, mart, natural, pgd_adversarial_training, robust_finetuning, trades
-from pipeline.recipes import augmentation_of, compute_of, finetuning_objective, schedule_of, training_objective
+from pipeline.recipes import (
+    augmentation_of,
+    compute_of,
+    finetuning_objective,
+    grid_schedule_of,
+    schedule_of,
+    training_objective,
+)
 from pipeline.training import Schedule
 from tests.pipeline.samples import easy_data, rate_network, spiking_network
 
@@ -93,3 +101,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_impossible_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
         validate_config(settings, "test")
+
+
+def test_integers_are_finetuned_as_the_float_network_but_for_length_and_rate() -> None:
+    settings = {"finetuning": {"averaging": 0.9, "epochs": 7}, "quantization": {"epochs": 2, "learning_rate": 0.5}}
+    config = validate_config(settings, "test")
+    assert grid_schedule_of(config) == replace(schedule_of(config.finetuning), epochs=2, learning_rate=0.5)

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from hardware.errors import RuleViolations, SpikeguardError
+from hardware.files import read_json
 from hardware.formats.bundle import open_bundle
 from pipeline import run as run_module
 from pipeline.config import Config, validate_config
 from pipeline.models.float_file import load_float
+from pipeline.quantization_aware import FINETUNED
 from pipeline.run import Run, without_lava
 from pipeline.stages import STAGES, Stage, build_network, calibration_batches, start_network
 from tests.pipeline.conftest import ROOT
@@ -430,3 +432,20 @@ def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path: Path) -> None:
         pass
     with run_module.sole_user(tmp_path):
         pass
+
+
+def test_integers_may_learn_on_their_grid(finished: Path, data: Path, done: Done) -> None:
+    settings = values(data, finetuning__averaging=0.5)
+    run = Run(validate_config(settings, "test"), finished, "")
+    run.ensure()
+    rounded = open_bundle(run.result("export")).network
+    settings["quantization"] = {"bits": 3, "epochs": 2, "learning_rate": 0.05}
+    run = Run(validate_config(settings, "test"), finished, "")
+    assert again(done, run) == ["quantize", "export"]
+    learned = open_bundle(run.result("export")).network
+    assert {synapse.bits for synapse in learned.synapses} == {3}
+    assert not np.array_equal(learned.synapses[0].weight, rounded.synapses[0].weight)
+    assert len((run.result("quantize") / "history.csv").read_text().splitlines()) == 3
+    rows = read_json(run.result("quantize") / "attribution.json")
+    assert rows[-1]["rounded"] == FINETUNED
+    assert again(done, run) == []
