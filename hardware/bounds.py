@@ -93,29 +93,44 @@ def synaptic_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
     """Bounds of one step's synaptic sum (without bias), in weight units, by population."""
     bounds = {}
     for population in network.populations:
-        lower = np.zeros(population.shape, np.int64)
-        upper = np.zeros(population.shape, np.int64)
-        for synapse in network.incoming(population.name):
-            shape = network.source_shape(synapse)
-            low, high = _activity_range(network.input, shape, synapse.source)
-            excitation, inhibition = np.maximum(synapse.weight, 0), np.minimum(synapse.weight, 0)
-            upper += _drive(synapse, excitation, high, shape) + _drive(synapse, inhibition, low, shape)
-            lower += _drive(synapse, excitation, low, shape) + _drive(synapse, inhibition, high, shape)
-        bounds[population.name] = Bounds(lower, upper)
+        zeros = np.zeros(population.shape, np.int64)
+        parts = [synapse_bounds(s, network.source_shape(s), network.input) for s in network.incoming(population.name)]
+        lower = sum((part.lower for part in parts), start=zeros)
+        bounds[population.name] = Bounds(lower, sum((part.upper for part in parts), start=zeros))
     return bounds
+
+
+def synapse_bounds(synapse: Synapse, source_shape: Shape, spec: InputSpec) -> Bounds:
+    """Bounds of what one synapse adds to its target in one step, in weight units.
+
+    Args:
+        synapse: whose target need not exist.
+        source_shape: of what it reads, constant input channels included.
+        spec: of the network's input.
+    """
+    low, high = _activity_range(spec, source_shape, synapse.source)
+    excitation, inhibition = np.maximum(synapse.weight, 0), np.minimum(synapse.weight, 0)
+    return Bounds(
+        _drive(synapse, excitation, low, source_shape) + _drive(synapse, inhibition, high, source_shape),
+        _drive(synapse, excitation, high, source_shape) + _drive(synapse, inhibition, low, source_shape),
+    )
 
 
 def synaptic_magnitudes(network: IntegerNetwork) -> dict[str, Int64Array]:
     """Largest sum of ``|w| x`` per neuron, in weight units: bounds every partial sum, in any order."""
-    magnitudes = {}
-    for population in network.populations:
-        total = np.zeros(population.shape, np.int64)
-        for synapse in network.incoming(population.name):
-            shape = network.source_shape(synapse)
-            _, high = _activity_range(network.input, shape, synapse.source)
-            total += _drive(synapse, np.abs(synapse.weight.astype(np.int64)), high, shape)
-        magnitudes[population.name] = total
-    return magnitudes
+    return {
+        population.name: sum(
+            (synaptic_magnitude(s, network.source_shape(s), network.input) for s in network.incoming(population.name)),
+            start=np.zeros(population.shape, np.int64),
+        )
+        for population in network.populations
+    }
+
+
+def synaptic_magnitude(synapse: Synapse, source_shape: Shape, spec: InputSpec) -> Int64Array:
+    """The part of one synapse in :func:`synaptic_magnitudes`; arguments as of :func:`synapse_bounds`."""
+    _, high = _activity_range(spec, source_shape, synapse.source)
+    return _drive(synapse, np.abs(synapse.weight.astype(np.int64)), high, source_shape)
 
 
 def current_bounds(network: IntegerNetwork) -> dict[str, Bounds]:

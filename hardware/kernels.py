@@ -1,8 +1,6 @@
-"""The emulator's compiled inner loops.
+"""The emulator's compiled neurons: synaptic sums to spikes. Its synapses are in :mod:`hardware.synapse_kernels`.
 
-Arrays hold the channels of a position next to each other: ``(rows, positions, channels)``. Rows are samples,
-or samples times steps. Each kernel is compiled for two widths: int16 weights with int32 state where the bounds
-allow it, int32 weights with int64 state otherwise.
+Each kernel is compiled for two widths: a state of int32 where the bounds allow it, of int64 otherwise.
 """
 
 from __future__ import annotations
@@ -31,52 +29,6 @@ def compiled(kernel: Kernel) -> Kernel:
         # No folder can be written (a container with a read-only root): compile anew in each process.
         result = numba.njit(nogil=True)(kernel)
     return result
-
-
-@compiled
-def add_codes(codes: Array, first: Array, target: Array, tap: Array, weight: Array, sums: Array) -> None:
-    """Add the weighted codes of every row to ``sums``.
-
-    Args:
-        codes: int32 ``(rows, positions, channels)``.
-        first, target, tap: edges of :class:`hardware.geometry.Edges`.
-        weight: ``(taps, channels, outputs)``.
-        sums: ``(rows, target positions, outputs)``, changed in place.
-    """
-    rows, positions, channels = codes.shape
-    outputs = weight.shape[2]
-    for row in range(rows):
-        for position in range(positions):
-            for channel in range(channels):
-                code = codes[row, position, channel]
-                if code != 0:
-                    for edge in range(first[position], first[position + 1]):
-                        source = weight[tap[edge], channel]
-                        destination = sums[row, target[edge]]
-                        for output in range(outputs):
-                            destination[output] += code * source[output]
-
-
-@compiled
-def add_spikes(spikes: Array, first: Array, target: Array, tap: Array, weight: Array, sums: Array) -> None:
-    """Add the weights of every neuron that spiked; arguments as in :func:`add_codes`, spikes bool."""
-    rows, positions, channels = spikes.shape
-    outputs = weight.shape[2]
-    active = np.empty(channels, np.int64)
-    for row in range(rows):
-        for position in range(positions):
-            # Listing the channels without a branch costs less than guessing one spike in eight.
-            count = 0
-            for channel in range(channels):
-                active[count] = channel
-                count += spikes[row, position, channel]
-            if count > 0:
-                for edge in range(first[position], first[position + 1]):
-                    destination = sums[row, target[edge]]
-                    for index in range(count):
-                        source = weight[tap[edge], active[index]]
-                        for output in range(outputs):
-                            destination[output] += source[output]
 
 
 @compiled

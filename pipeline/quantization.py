@@ -299,7 +299,7 @@ class _Search:
             response = respond(rounded, self.activity, len(self.activity.codes))
             disagreement = self._disagreement(rounded, response)
         if rounded.population.spiking:
-            self.activity.spikes[real.name] = response.spikes
+            self.activity.record(real.name, response.spikes)
         else:
             self.readouts = response.sums
         exponents = {s.source: exponent for s, exponent in zip(real.synapses, grid.exponents, strict=True)}
