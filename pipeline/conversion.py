@@ -123,10 +123,11 @@ def kth_percentile(values: Tensor, percentile: float, steps: int = 1) -> float:
         percentile: in (0, 100].
         steps: that were counted.
     """
-    flat = values.flatten()
     copies = steps if len(values) == 1 else 1
-    k = 1 + round(percentile / 100 * (copies * flat.numel() - 1))
-    return float(flat.kthvalue(-(-k // copies)).values)
+    k = 1 + round(percentile / 100 * (copies * values.numel() - 1))
+    index = -(-k // copies) - 1
+    # numpy's selection is several times faster than torch's and needs no indices, each as wide as two values.
+    return float(np.partition(values.detach().cpu().numpy(), index, axis=None)[index])
 
 
 @torch.no_grad()
@@ -155,19 +156,38 @@ def _batch_statistics(network: SpikingNetwork, momentum: float | None) -> Iterat
 
 
 def _current(network: SpikingNetwork, name: str, images: Tensor, store: dict[str, PackedSpikes]) -> Tensor:
-    """What enters a layer of neurons, from the image and the spikes before it."""
+    """What enters a layer of neurons, from the image and the spikes before it; nothing is held longer than it is read,
+    for at all steps each layer's values are as many as the whole calibration has room for a few times.
+    """
+    graph = network.graph
+    (wanted,) = graph.sources[name]
+    path = _layers_from(store, graph, wanted)
+    last_reader = {source: layer for layer in path for source in graph.sources[layer]}
     values: dict[str, Tensor] = {}
 
-    def value(layer: str) -> Tensor:
-        if layer == INPUT:
-            return images.unsqueeze(0)
-        if layer in store:
-            return _unpack(store[layer], images)
-        if layer not in values:
-            values[layer] = network.advance(layer, [value(source) for source in network.graph.sources[layer]])
-        return values[layer]
+    for layer in path:
+        sources = graph.sources[layer]
+        for source in sources:
+            if source not in values:
+                values[source] = images.unsqueeze(0) if source == INPUT else _unpack(store[source], images)
+        read = [values[source] for source in sources]
+        for source in {source for source in sources if last_reader[source] == layer}:
+            del values[source]
+        values[layer] = network.advance(layer, read)
+        del read
+    return values[wanted]
 
-    return value(network.graph.sources[name][0])
+
+def _layers_from(store: dict[str, PackedSpikes], graph: LayerGraph, wanted: str) -> list[str]:
+    """The layers, in order, that lie between the input or stored spikes and ``wanted``, which is one of them."""
+    needed: set[str] = set()
+    waiting = [wanted]
+    while waiting:
+        layer = waiting.pop()
+        if layer != INPUT and layer not in store:
+            needed.add(layer)
+            waiting.extend(graph.sources[layer])
+    return [layer.name for layer in graph.layers if layer.name in needed]
 
 
 def _spikes_needed_after(graph: LayerGraph, name: str) -> set[str]:

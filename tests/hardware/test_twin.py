@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -29,31 +29,16 @@ from hardware.network import (
 )
 from hardware.reference import run_reference
 from hardware.surrogates import RATE, AdaptiveSurrogate, Rate, Surrogate
-from hardware.trace import compare_traces
 from hardware.twin import Rules, Twin
 from hardware.twin_convolutions import exact_convolution, phase_weights, unfolded_convolution
 from tests.hardware.strategies import build_network, cases
-from tests.hardware.test_emulator import PLANTED_ERRORS, assert_same, conv_network
+from tests.hardware.test_emulator import assert_same, conv_network
 
 Case = tuple[IntegerNetwork, NDArray[np.uint8]]
 WIDE = Surrogate("exponential", 2.0)
 
 
 COMPILED = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
-
-
-@COMPILED
-@settings(max_examples=120, deadline=None)
-@given(case=cases())
-def test_twin_equals_reference(compiled: bool, case: Case) -> None:
-    network, codes = case
-    expected = run_reference(network, codes)
-    twin = Twin(network)
-    with computed(compiled, group=2 * network.steps):
-        assert_same(expected, twin.trace(codes))
-        logits = twin(images_of(network, codes))
-    assert logits.dtype == torch.float32
-    assert np.array_equal(logits.numpy(), network.logits(expected.readouts).astype(np.float32))
 
 
 @COMPILED
@@ -252,15 +237,6 @@ def test_repeated_calls_carry_no_state() -> None:
     assert not list(twin.parameters())
 
 
-@pytest.mark.parametrize("plant", PLANTED_ERRORS)
-def test_comparison_catches_planted_errors(plant: Callable[[IntegerNetwork], IntegerNetwork]) -> None:
-    network = conv_network()
-    codes = np.random.default_rng(0).integers(0, 16, (60, 1, 6, 6)).astype(np.uint8)
-    expected = run_reference(network, codes)
-    assert compare_traces(expected, Twin(network).trace(codes)).equal
-    assert not compare_traces(expected, Twin(plant(network)).trace(codes)).equal
-
-
 def test_pixels_are_rounded_to_codes_and_pass_gradients() -> None:
     network = conv_network()
     codes = np.random.default_rng(0).integers(1, 15, (2, 1, 6, 6)).astype(np.uint8)
@@ -293,10 +269,10 @@ def test_images_and_codes_of_another_shape_are_refused() -> None:
 
 def test_float32_is_chosen_only_where_it_is_proven() -> None:
     rng = np.random.default_rng(3)
-    plain = build_network(rng, spatial=True, hidden=2, leaky=False, reset="zero", saturating=False, steps=4)
+    plain = build_network(rng, spatial=True, hidden=2, leaking=0, resets=("zero",), saturating=False, steps=4)
     assert exact_in_float32(plain)
     assert Twin(plain).dtype == torch.float32
-    leaky = build_network(rng, spatial=True, hidden=2, leaky=True, reset="zero", saturating=False, steps=4)
+    leaky = build_network(rng, spatial=True, hidden=2, leaking=1, resets=("zero",), saturating=False, steps=4)
     assert Twin(leaky).dtype == torch.float64
     assert Twin(plain).double().dtype == torch.float64
     with pytest.raises(SpikeguardError, match="does not hold"):
@@ -347,10 +323,11 @@ def test_sums_of_both_signs_meet_before_a_saturated_membrane(compiled: bool) -> 
 def test_only_what_needs_it_is_wide() -> None:
     """Decays widen states, and no sums; a sum beyond 2**24 widens its own population, and no other."""
     rng = np.random.default_rng(3)
-    leaky = build_network(rng, spatial=True, hidden=2, leaky=True, reset="zero", saturating=False, steps=4)
+    leaky = build_network(rng, spatial=True, hidden=2, leaking=1, resets=("zero",), saturating=False, steps=4)
     twin = Twin(leaky)
     types = {name.partition("_")[0]: values.dtype for name, values in twin.named_buffers() if "out" not in name}
-    assert twin.get_buffer("weight_0").dtype == torch.float32
+    hidden = [i for i, s in enumerate(leaky.synapses) if s.target != "out"]
+    assert {twin.get_buffer(f"weight_{i}").dtype for i in hidden} == {torch.float32}
     assert (types["bias"], types["constant"]) == (torch.float64, torch.float64)
     wide = Twin(single_neuron(weight=2**17 - 1, readout_weight=1))
     assert wide.get_buffer("weight_0").dtype == torch.float64

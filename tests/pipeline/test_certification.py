@@ -116,10 +116,10 @@ class Faulty:
             return trace
         name = list(trace.populations)[1]
         population = trace.populations[name]
-        assert population.spikes is not None
+        assert population.spike_bits is not None
         assert population.membranes is not None
         if self.fault == "spikes":
-            population.spikes[-1, 2, 3] ^= True
+            population.spike_bits[-1, 2, 0] ^= 0b0001_0000  # the fourth neuron
         elif self.fault == "membranes":
             population.membranes[-1, 2, 3] += 1
         elif self.fault == "no membranes":
