@@ -189,14 +189,14 @@ def sweep(
 
     A report on test images: whoever chooses a point by it has to check that point on others.
     """
-    from pipeline.sweep.grid import option_problems
+    from pipeline.sweep.grid import grid_of, option_problems
 
     if problems := option_problems(bits, steps, overrides or []):
         _usage("\n".join(problems))
     from hardware.formats.bundle import open_bundle
     from pipeline.run import sole_user
     from pipeline.sweep.report import accuracy_table, cost_table, notes_of, refusal_table, write_sweep
-    from pipeline.sweep.sweeping import sweep_bundle
+    from pipeline.sweep.sweeping import run_sweep, subject_of
 
     bundle = open_bundle(_bundle_folder(source))
     config = _config_of(bundle, [*(overrides or []), *_folder_override(data_dir)])
@@ -204,10 +204,11 @@ def sweep(
         _usage(f"--samples {samples} is more than the {config.data.test} test images of the run")
     _require_data_folder(config)
     _use_threads(threads)
+    subject = subject_of(bundle, config, samples)
     folder = folder or bundle.path.parent / "sweep"
     with sole_user(folder):
-        result = sweep_bundle(bundle, config, bits, steps, samples, folder, fresh=not resume, reproduce=_command())
-        files = write_sweep(result, folder)
+        result = run_sweep(subject, grid_of(bits, steps, subject.network.steps), folder, fresh=not resume)
+        files = write_sweep(result, folder, _command())
     for table in (accuracy_table(result), cost_table(result), refusal_table(result)):
         if table.rows:
             out.print(_table(*table))

@@ -34,8 +34,10 @@ STYLE: dict[Any, Any] = {
 }
 INK = "#222222"
 MARKERS = "osD^vPX*"
-DODGE = 0.14
-"""Bits between the markers of neighbouring T, so that intervals do not hide each other."""
+DODGE, ROOM = 0.18, 0.7
+"""Bits between the markers of neighbouring T, so that intervals do not hide each other; and for those of all T."""
+LIGHTEST = 0.8
+"""Of the colour map; beyond it, lines are too pale on white."""
 PIXELS_PER_INCH = 160
 FINGERPRINTS: dict[str, dict[str, Any]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 """What matplotlib would write of itself and of the time."""
@@ -66,17 +68,17 @@ def draw(references: Sequence[Reference], points: Sequence[Point], title: str) -
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 8.2))
         grid = figure.add_gridspec(
-            2, 2, height_ratios=(3, 2), left=0.075, right=0.985, bottom=0.07, top=0.80, hspace=0.34, wspace=0.2
+            2, 2, height_ratios=(3, 2), left=0.07, right=0.985, bottom=0.07, top=0.80, hspace=0.34, wspace=0.2
         )
         robust, clean, memory, operations = (figure.add_subplot(grid[place]) for place in range(4))
         _accuracy_panel(robust, points, looks, lambda point: point.worst_case)
-        robust.set_title("Worst-case accuracy, %")
+        _label(robust, "Worst case", "accuracy, %")
         _accuracy_panel(clean, points, looks, lambda point: point.clean)
-        clean.set_title("Clean accuracy, %")
+        _label(clean, "Clean", "accuracy, %")
         _amount_panel(memory, points, looks, lambda point: _taken(point, "memory_bytes") / 1024)
-        memory.set_title("Memory on Loihi 2, KiB: weights and neuron states")
+        _label(memory, "Memory on Loihi 2", "weights and neuron states, KiB")
         _amount_panel(operations, points, looks, _kilo_operations)
-        operations.set_title("Synaptic operations per image, thousands")
+        _label(operations, "Synaptic operations", "thousands per image")
         for axes in (robust, clean, memory, operations):
             _bit_axis(axes, points, looks)
         figure.text(0.015, 0.975, "Bits of the weights × time steps T", size=14, weight="bold", va="top")
@@ -85,13 +87,18 @@ def draw(references: Sequence[Reference], points: Sequence[Point], title: str) -
         return {kind: _saved(figure, kind) for kind in FINGERPRINTS}
 
 
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+
+
 def _looks(steps: Sequence[int]) -> dict[int, _Look]:
     """Dark to light for few to many steps, in the order given."""
     last = max(len(steps) - 1, 1)
-    middle = (len(steps) - 1) / 2
+    middle, dodge = (len(steps) - 1) / 2, min(DODGE, ROOM / last)
     return {
         one: _Look(
-            mpl.colormaps["cividis"](0.85 * place / last), MARKERS[place % len(MARKERS)], DODGE * (place - middle)
+            mpl.colormaps["cividis"](LIGHTEST * place / last), MARKERS[place % len(MARKERS)], dodge * (place - middle)
         )
         for place, one in enumerate(steps)
     }
@@ -130,7 +137,7 @@ def _amount_panel(
         here = [point for point in points if point.steps == steps and point.arms]
         across = [point.bits + look.shift for point in here]
         axes.plot(across, [amount(point) for point in here], color=look.colour, marker=look.marker, ms=6, lw=1.6)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
 
 
 def _taken(point: Point, name: str) -> float:
@@ -157,24 +164,27 @@ def _bit_axis(axes: Axes, points: Sequence[Point], looks: dict[int, _Look]) -> N
 
 def _legends(figure: Figure, references: Sequence[Reference], looks: dict[int, _Look]) -> None:
     """One row for T, one for what lines and markers mean."""
-    by_steps = [
-        Line2D([], [], color=look.colour, marker=look.marker, ms=7, lw=1.6,
-               label=f"T = {one.steps}" + (", fine-tuned for it" if one.finetuned else ""))
+    by_steps: dict[str, Any] = {
+        f"T = {one.steps}" + (", fine-tuned for it" if one.finetuned else ""): Line2D(
+            [], [], color=looks[one.steps].colour, marker=looks[one.steps].marker, ms=7, lw=1.6
+        )
         for one in references
-        for look in (looks[one.steps],)
-    ]  # fmt: skip
-    meanings = [
-        Line2D([], [], color=INK, lw=1.6, label="integer network"),
-        Line2D([], [], color=INK, lw=1.4, ls=(0, (2, 2)), label="float SNN, same T and images"),
-        Line2D([], [], color=INK, marker="o", ls="", ms=7, label="non-inferior"),
-        Line2D([], [], color=INK, marker="o", ls="", ms=7, mfc="white", mew=1.5, label="undecided"),
-        Line2D([], [], color=INK, marker="$⊗$", ls="", ms=8, label="inferior"),
-    ]
-    rows = ((by_steps, 0.915), (meanings, 0.885))
-    for handles, top in rows:
+    }
+    crossed = (
+        Line2D([], [], color=INK, marker="o", ls="", ms=7, mfc="white", mew=1.5),
+        Line2D([], [], color=INK, marker="x", ls="", ms=5, mew=1.3),
+    )
+    meanings: dict[str, Any] = {
+        "integer network": Line2D([], [], color=INK, lw=1.6),
+        "float SNN, same T and images": Line2D([], [], color=INK, lw=1.4, ls=(0, (2, 2))),
+        "non-inferior to it": Line2D([], [], color=INK, marker="o", ls="", ms=7),
+        "undecided": Line2D([], [], color=INK, marker="o", ls="", ms=7, mfc="white", mew=1.5),
+        "inferior": crossed,
+    }
+    for entries, top in ((by_steps, 0.915), (meanings, 0.885)):
         figure.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(0.008, top), ncols=len(handles), frameon=False,
-            columnspacing=1.6, handletextpad=0.5,
+            list(entries.values()), list(entries), loc="upper left", bbox_to_anchor=(0.008, top), ncols=len(entries),
+            frameon=False, columnspacing=1.6, handletextpad=0.5,
         )  # fmt: skip
 
 

@@ -37,13 +37,13 @@ def notes_of(result: SweepResult) -> tuple[str, ...]:
     return (untrained, *NOTES)
 
 
-def sweep_report(result: SweepResult) -> dict[str, Any]:
+def sweep_report(result: SweepResult, reproduce: str) -> dict[str, Any]:
     """The content of ``sweep.json``; arms, placement and energy are rows as in ``report.json``."""
     subject, settings = result.subject, result.subject.settings
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": {"name": result.data, "test_samples": len(subject.images.labels)},
+        "data": {"name": subject.data, "test_samples": len(subject.images.labels)},
         "samples": len(subject.images.labels),
         "activity_samples": min(ACTIVITY_IMAGES, len(subject.images.labels)),
         "calibration_samples": len(subject.calibration),
@@ -61,15 +61,24 @@ def sweep_report(result: SweepResult) -> dict[str, Any]:
         "notes": list(notes_of(result)),
         "subject": subject.digest,
         "versions": versions(),
-        "reproduce": result.reproduce,
+        "reproduce": reproduce,
     }
 
 
-def write_sweep(result: SweepResult, folder: Path) -> list[Path]:
-    """Write all files of a finished sweep; returns them."""
+def write_sweep(result: SweepResult, folder: Path, reproduce: str) -> list[Path]:
+    """Write all files of a finished sweep.
+
+    Args:
+        result: what they tell.
+        folder: where to.
+        reproduce: the shell command that gives it.
+
+    Returns:
+        The files.
+    """
     pictures = draw(result.references, result.points, plot_title(result))
     contents = {"sweep.csv": sweep_csv(result).encode(), **{f"sweep.{kind}": made for kind, made in pictures.items()}}
-    write_json(folder / "sweep.json", sweep_report(result))
+    write_json(folder / "sweep.json", sweep_report(result, reproduce))
     for name, content in contents.items():
         write_bytes(folder / name, content)
     return [folder / name for name in ("sweep.json", *contents)]
@@ -77,9 +86,9 @@ def write_sweep(result: SweepResult, folder: Path) -> list[Path]:
 
 def plot_title(result: SweepResult) -> str:
     """What all panels of the plot have in common."""
-    settings, samples = result.subject.settings, len(result.subject.images.labels)
+    subject, settings = result.subject, result.subject.settings
     return (
-        f"{result.data}: {samples:,} test images, epsilon {settings.epsilon:g} "
+        f"{subject.data}: {len(subject.images.labels):,} test images, epsilon {settings.epsilon:g} "
         f"({budget_of(settings.epsilon)} codes), {settings.attacks} attacks on both models, 95 % intervals"
     )
 
@@ -126,6 +135,7 @@ def _point_cells(point: Point) -> dict[str, Any]:
     if not point.arms or point.placement is None or point.energy is None:
         return {**cells, "refused_by": "; ".join(f"{row['object']}: {row['rule']}" for row in point.violations)}
     cells["samples"] = point.clean["samples"]
+    cells["activity_samples"] = min(ACTIVITY_IMAGES, point.clean["samples"])
     for name, arm in (("clean", point.clean), ("worst_case", point.worst_case)):
         cells |= _interval_cells(f"{name}_accuracy", arm["deployed_accuracy"], arm["deployed_interval"])
         cells |= _interval_cells(f"float_{name}_accuracy", arm["reference_accuracy"], arm["reference_interval"])
@@ -146,9 +156,9 @@ def accuracy_table(result: SweepResult) -> TextTable:
     settings, samples = result.subject.settings, len(result.subject.images.labels)
     title = (
         f"{samples:,} test images, epsilon {settings.epsilon:g}, {settings.attacks} attacks, margin {settings.margin:g}"
-        "; accuracies in % with 95 % intervals"
+        ";\naccuracies in % with 95 % intervals, lower bound of integer less float in the worst case in points"
     )
-    columns = ("T", "bits", "clean", "worst case", "float SNN on it", "bound", "verdict")
+    columns = ("T", "bits", "clean", "worst case", "float SNN on it", "lower bound", "verdict")
     rows = []
     for reference in result.references:
         own = (_with_interval(share.accuracy, share.interval) for share in (reference.clean, reference.worst_case))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -30,7 +30,7 @@ from pipeline.progress import console
 from pipeline.run import require_same_test_split
 from pipeline.source import source_digest
 from pipeline.stages import quantization_images
-from pipeline.sweep.grid import Grid, grid_of
+from pipeline.sweep.grid import Grid
 from pipeline.sweep.points import (
     ON_FLOAT,
     ON_INTEGER,
@@ -55,12 +55,14 @@ class Subject:
         calibration: training images that the quantiser looks at.
         images: of the test split, attacked.
         settings: budget, effort and margin.
+        data: name of the data set.
     """
 
     network: SpikingNetwork
     calibration: Codes
     images: Images
     settings: FidelityConfig
+    data: str
 
     @cached_property
     def digest(self) -> str:
@@ -83,6 +85,24 @@ class Subject:
         return hashlib.sha256(json.dumps([self.digest, steps, bits]).encode()).hexdigest()[:16]
 
 
+def subject_of(bundle: Bundle, config: Config, samples: int | None) -> Subject:
+    """The float SNN of a bundle, with the training images its quantiser saw and the test images its run set aside.
+
+    Args:
+        bundle: of a finished run.
+        config: of that run.
+        samples: how many of the test images, from the first; all if None.
+
+    Raises:
+        SpikeguardError: if the data are not those of the run.
+    """
+    splits = load_splits(config.data, config.seed)
+    require_same_test_split(bundle, splits.test)
+    images = Images(splits.test.codes[:samples], splits.test.labels[:samples], config.seed)
+    calibration = quantization_images(splits.train, config.seed)
+    return Subject(load_float(bundle.path), calibration, images, config.fidelity, splits.name)
+
+
 def _digest(array: np.ndarray[Any, Any]) -> str:
     return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).data).hexdigest()
 
@@ -95,55 +115,15 @@ class SweepResult:
         subject: what was swept.
         grid: over what.
         references, points: what was found, of each T and of each point.
-        data: name of the data set.
-        reproduce: the shell command that gives it.
     """
 
     subject: Subject
     grid: Grid
     references: tuple[Reference, ...]
     points: tuple[Point, ...]
-    data: str
-    reproduce: str
 
 
-def sweep_bundle(
-    bundle: Bundle,
-    config: Config,
-    bits: Sequence[int] | None,
-    steps: Sequence[int] | None,
-    samples: int | None,
-    folder: Path,
-    *,
-    fresh: bool,
-    reproduce: str,
-) -> SweepResult:
-    """Sweep the float SNN of a bundle.
-
-    Args:
-        bundle: of a finished run.
-        config: of that run.
-        bits, steps: see :func:`~pipeline.sweep.grid.grid_of`.
-        samples: first images of the test split; all if None.
-        folder: see :func:`run_sweep`.
-        fresh: see :func:`run_sweep`.
-        reproduce: shell command for the report.
-
-    Raises:
-        SpikeguardError: if the data are not those of the run.
-    """
-    splits = load_splits(config.data, config.seed)
-    require_same_test_split(bundle, splits.test)
-    network = load_float(bundle.path)
-    images = Images(splits.test.codes[:samples], splits.test.labels[:samples], config.seed)
-    subject = Subject(network, quantization_images(splits.train, config.seed), images, config.fidelity)
-    grid = grid_of(bits, steps, network.steps)
-    return SweepResult(subject, grid, *run_sweep(subject, grid, folder, fresh), splits.name, reproduce)
-
-
-def run_sweep(
-    subject: Subject, grid: Grid, folder: Path, fresh: bool = False
-) -> tuple[tuple[Reference, ...], tuple[Point, ...]]:
+def run_sweep(subject: Subject, grid: Grid, folder: Path, fresh: bool = False) -> SweepResult:
     """Every point of the grid, and the float SNN at every T of it; those in ``folder`` are taken from there.
 
     Args:
@@ -166,7 +146,7 @@ def run_sweep(
         for bits in grid.bits:
             points.append(column.point(bits))
             _tell(len(references) + len(points), total, f"T {steps}, {bits} bits", points[-1])
-    return tuple(references), tuple(points)
+    return SweepResult(subject, grid, tuple(references), tuple(points))
 
 
 @dataclass(frozen=True)
