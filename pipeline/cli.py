@@ -176,7 +176,7 @@ def sweep(
         list[int] | None,
         typer.Option("--steps", help="T, 1 to 64; default: as fine-tuned for, half and twice as many"),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="first test images; default: all of the run's")] = None,
+    samples: Annotated[int | None, typer.Option(help="first test images; default: all of the run's")] = None,
     overrides: Overrides = None,
     folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="default: sweep beside the bundle")
@@ -191,7 +191,7 @@ def sweep(
     """
     from pipeline.sweep.grid import grid_of, option_problems
 
-    if problems := option_problems(bits, steps, overrides or []):
+    if problems := option_problems(bits, steps, samples, overrides or []):
         _usage("\n".join(problems))
     from hardware.formats.bundle import open_bundle
     from pipeline.run import sole_user

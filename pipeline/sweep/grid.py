@@ -33,12 +33,15 @@ def grid_of(bits: Sequence[int] | None, steps: Sequence[int] | None, finetuned_s
     return Grid(tuple(sorted(bits or DEFAULT_BITS, reverse=True)), tuple(sorted(steps or usual)))
 
 
-def option_problems(bits: Sequence[int] | None, steps: Sequence[int] | None, overrides: Sequence[str]) -> list[str]:
+def option_problems(
+    bits: Sequence[int] | None, steps: Sequence[int] | None, samples: int | None, overrides: Sequence[str]
+) -> list[str]:
     """What is wrong with the options of a sweep, one sentence each; they need no file to be judged."""
     unread = [one for one in overrides if one.partition("=")[0] not in SETTINGS]
     return [
         *_number_problems("--bits", bits or (), MIN_BITS, MAX_BITS),
         *_number_problems("--steps", steps or (), 1, MAX_STEPS),
+        *([] if samples is None or samples > 0 else [f"--samples {samples} is not 1 or more; leave it out for all"]),
         *(f"--set {one} changes nothing in a sweep, which reads {', '.join(SETTINGS)} only" for one in unread),
     ]
 

@@ -26,6 +26,8 @@ NOTES = (
     "the same row; the same union for both. The fidelity check adds noise and a black box to it.",
     "The verdict is against the float SNN at the same T, clean and in the worst case: non-inferior by the margin at "
     "the confidence, each row for itself.",
+    "An attack that fails proves nothing by itself: whether gradients are masked is what the fidelity check examines, "
+    "of the bundle's own bits and T.",
     "All accuracies are on test images: they report, and whoever chooses a row by them has to check it on others.",
 )
 

@@ -96,17 +96,19 @@ class TestGrid:
         assert grid_of([2, 8], [16, 3], 8) == Grid((8, 2), (3, 16))
 
     def test_every_problem_is_listed_at_once(self) -> None:
-        problems = option_problems([1, 4, 4, 9], [0, 65, 8], ["training.epochs=3", "fidelity.margin=0.05", "epsilon"])
+        problems = option_problems(
+            [1, 4, 4, 9], [0, 65, 8], 0, ["training.epochs=3", "fidelity.margin=0.05", "epsilon"]
+        )
         text = "\n".join(problems)
-        assert len(problems) == 7
-        for told in ("--bits 1 ", "--bits 9 ", "--bits 4 is given 2", "--steps 0 ", "--steps 65 "):
+        assert len(problems) == 8
+        for told in ("--bits 1 ", "--bits 9 ", "--bits 4 is given 2", "--steps 0 ", "--steps 65 ", "--samples 0 "):
             assert told in text
         assert "training.epochs=3 changes nothing" in text
         assert "fidelity.margin=" not in text
 
     def test_what_is_right_is_no_problem(self) -> None:
-        assert option_problems([2, 8], [1, 64], ["fidelity.attacks=paper", "data.path=x"]) == []
-        assert option_problems(None, None, []) == []
+        assert option_problems([2, 8], [1, 64], 1, ["fidelity.attacks=paper", "data.path=x"]) == []
+        assert option_problems(None, None, None, []) == []
 
 
 class TestPoint:
