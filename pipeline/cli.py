@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
+from pipeline.bundle_tables import arm_table, mismatch_table, population_table
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ UNBROKEN = 15  # columns no wider than this keep their words whole on a narrow t
 MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
+RunOrBundle = Annotated[Path, typer.Argument(metavar="SOURCE", help="a bundle, or a run folder")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting")]
 RunFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder")]
 Reuse = Annotated[bool, typer.Option("--resume/--fresh", help="reuse finished stages that are still valid")]
@@ -79,7 +81,7 @@ def run(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a bundle, or a run folder")],
+    source: RunOrBundle,
     target: Annotated[str, typer.Option("--target", help="nir, loihi, onnx or all")] = "all",
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="of the new bundle")] = Path("bundle"),
 ) -> None:
@@ -90,8 +92,7 @@ def export(
         _usage(f"there is no target {target!r}; choose among {', '.join(EXPORT_TARGETS)}")
     from hardware.formats.bundle import open_bundle
 
-    nested = source / "bundle"
-    bundle = open_bundle(nested if nested.is_dir() else source)
+    bundle = open_bundle(_bundle_folder(source))
     export_target(bundle, target, folder)
     _show_files(open_bundle(folder))
 
@@ -168,26 +169,62 @@ def fidelity(
 
 
 @app.command()
+def sweep(
+    source: RunOrBundle,
+    bits: Annotated[list[int] | None, typer.Option("--bits", help="of the weights, 2 to 8; default: 8 6 4 3 2")] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option("--steps", help="T, 1 to 64; default: as fine-tuned for, half and twice as many"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="first test images; default: all of the run's")] = None,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="default: sweep beside the bundle")
+    ] = None,
+    data_dir: DataFolder = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="reuse finished points")] = True,
+    threads: Threads = 1,
+) -> None:
+    """Quantise to several bits at several T, and attack each: accuracies, spikes, operations, memory; table and plot.
+
+    A report on test images: whoever chooses a point by it has to check that point on others.
+    """
+    from pipeline.sweep.grid import grid_of, option_problems
+
+    if problems := option_problems(bits, steps, samples, overrides or []):
+        _usage("\n".join(problems))
+    from hardware.formats.bundle import open_bundle
+    from pipeline.run import sole_user
+    from pipeline.sweep.report import accuracy_table, cost_table, notes_of, refusal_table, write_sweep
+    from pipeline.sweep.sweeping import run_sweep, subject_of
+
+    bundle = open_bundle(_bundle_folder(source))
+    config = _config_of(bundle, [*(overrides or []), *_folder_override(data_dir)])
+    if samples is not None and samples > config.data.test:
+        _usage(f"--samples {samples} is more than the {config.data.test} test images of the run")
+    _require_data_folder(config)
+    _use_threads(threads)
+    subject = subject_of(bundle, config, samples)
+    folder = folder or bundle.path.parent / "sweep"
+    with sole_user(folder):
+        result = run_sweep(subject, grid_of(bits, steps, subject.network.steps), folder, fresh=not resume)
+        files = write_sweep(result, folder, _command())
+    for table in (accuracy_table(result), cost_table(result), refusal_table(result)):
+        if table.rows:
+            out.print(_table(*table))
+    for note in notes_of(result):
+        out.print(f"[dim]{escape(note)}[/dim]", highlight=False)
+    out.print(escape(f"sweep: {', '.join(map(str, files))}"), soft_wrap=True)
+
+
+@app.command()
 def verify(path: BundlePath) -> None:
     """Check every byte and re-run the golden traces through every file of a bundle; needs no torch."""
     from hardware.formats.bundle import open_bundle
     from hardware.formats.verify import verify_bundle
 
     rows = verify_bundle(open_bundle(path))
-    columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s")
-    cells = [
-        (
-            row.file,
-            row.reader,
-            row.samples,
-            _count(row.mismatched_spikes),
-            _count(row.mismatched_membranes),
-            _count(row.mismatched_readouts),
-            f"{row.seconds:.2f}",
-        )
-        for row in rows
-    ]
-    out.print(_table("mismatches with the golden traces", columns, cells))
+    out.print(_table(*mismatch_table(rows)))
     if not all(row.equal for row in rows):
         errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
         raise typer.Exit(FAIL)
@@ -256,20 +293,8 @@ def info(path: BundlePath) -> None:
 
     bundle = open_bundle(path)
     network = bundle.network
-    proofs = {row.population: row for row in prove(network)}
-    cells = [
-        (
-            p.name,
-            "x".join(map(str, p.shape)),
-            p.threshold if p.spiking else "readout",
-            ", ".join(f"{s.source} ({s.kind}, {s.bits} bit)" for s in network.incoming(p.name)),
-            "{} .. {}".format(*proofs[p.name].sum_range),
-            "cannot wrap" if not proofs[p.name].can_wrap else "CAN WRAP",
-        )
-        for p in network.populations
-    ]
-    columns = ("population", "shape", "threshold", "reads", "sum per step", "24-bit state")
-    out.print(_table(f"{path}: T = {network.steps}, input {network.input.shape}", columns, cells))
+    title = f"{path}: T = {network.steps}, input {network.input.shape}"
+    out.print(_table(*population_table(title, network, prove(network))))
     card = network.semantics_card()
     out.print(_table("semantics", ("", ""), ((key, str(value)) for key, value in card.items())))
     _show_files(bundle)
@@ -315,6 +340,11 @@ def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list
         timings = work.ensure(fresh=not resume)
         result = check_run(work, timings, missing)
     _conclude(result, folder)
+
+
+def _bundle_folder(source: Path) -> Path:
+    nested = source / "bundle"
+    return nested if nested.is_dir() else source
 
 
 def _use_threads(threads: int) -> None:
@@ -365,19 +395,8 @@ def _require_data_folder(config: Config) -> None:
 
 def _conclude(result: CheckResult, folder: Path) -> None:
     report = result.report
-    columns = ("arm", "trained", "deployed", "difference", "lower bound", "verdict")
-    cells = [
-        (
-            arm["name"],
-            f"{arm['reference_accuracy']:.1%}",
-            f"{arm['deployed_accuracy']:.1%}",
-            f"{arm['difference']:+.1%}",
-            f"{arm['lower_bound']:+.1%}",
-            arm["verdict"] or "",
-        )
-        for arm in report["arms"]
-    ]
-    out.print(_table(f"{report['samples']} images, epsilon {report['epsilon'][0]:g}", columns, cells))
+    title = f"{report['samples']} images, epsilon {report['epsilon'][0]:g}"
+    out.print(_table(*arm_table(title, report["arms"])))
     colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")
     out.print(
         f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {escape(report['summary'])}", highlight=False
@@ -402,10 +421,6 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     for row in cells:
         table.add_row(*(escape(cell) for cell in row))
     return table
-
-
-def _count(mismatches: int | None) -> str:
-    return "–" if mismatches is None else str(mismatches)
 
 
 def _command() -> str:

@@ -18,11 +18,11 @@ from hardware.errors import SpikeguardError
 from hardware.files import write_bytes, write_json
 from hardware.formats.network_file import load_network, save_network
 from pipeline.attacks.black_box import random_noise
-from pipeline.attacks.targets import budget_of
+from pipeline.attacks.targets import Codes, budget_of
 from pipeline.checkpoints import Epoch
 from pipeline.config import Config, TrainingConfig, portable_settings
 from pipeline.conversion import calibrate, convert, later_in_block
-from pipeline.data import digest_of
+from pipeline.data import Dataset, digest_of
 from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, holds_spiking, load_float, load_rate
 from pipeline.models.spiking import RateNetwork, SpikingNetwork, rebuild
@@ -239,11 +239,15 @@ def train_baseline(run: Run, folder: Path) -> None:
     save_network_files(folder, network, history)
 
 
+def quantization_images(train: Dataset, seed: int) -> Codes:
+    """The training images on which the scales of an integer network are chosen: seeded, without replacement."""
+    return train.codes[np.random.default_rng(seed).permutation(len(train))[:CALIBRATION_IMAGES]]
+
+
 def quantize_network(run: Run, folder: Path) -> None:
     """Float SNN to integer network, which may then learn on, on its grid."""
     settings, network = run.config, load_float(run.result("finetune"))
-    order = np.random.default_rng(settings.seed).permutation(len(run.data.train))[:CALIBRATION_IMAGES]
-    calibration = run.data.train.codes[order]
+    calibration = quantization_images(run.data.train, settings.seed)
     known = portable_settings(settings)
     provenance = {"config": {name: known[name] for name in WITHOUT_FIDELITY}, "data": settings.data.name}
     result = quantize(network, calibration, settings.quantization.bits, provenance)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.attacks.search import Crafted
+from pipeline.attacks.targets import Target, correct
+from pipeline.config import FidelityConfig
+from pipeline.fidelity.crafting import ATTACKS, Attack, Images
 from pipeline.statistics import (
     PairedOutcome,
     Verdict,
@@ -21,6 +25,7 @@ from pipeline.statistics import (
 )
 
 Hits = NDArray[np.bool_]
+CLEAN, WORST_CASE = "clean", "worst case"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,53 @@ def worst_case(hits: Sequence[Hits]) -> Hits:
     """Images a model gets right in every one of the arms."""
     right: Hits = np.logical_and.reduce(hits)
     return right
+
+
+def hits_on(target: Target, images: Images, crafted: Mapping[str, Crafted]) -> dict[str, Hits]:
+    """Which images one model gets right: "clean", and by attack the crafted ones."""
+    return {
+        CLEAN: correct(target, images.codes, images.labels),
+        **{name: correct(target, made.codes, images.labels) for name, made in crafted.items()},
+    }
+
+
+def arm_rows(
+    reference: Mapping[str, Hits],
+    deployed: Mapping[str, Hits],
+    settings: FidelityConfig,
+    attacks: Sequence[Attack] = ATTACKS,
+) -> list[dict[str, Any]]:
+    """The deciding arms, clean and worst case, then one arm per attack.
+
+    Args:
+        reference, deployed: what each model gets right, see :func:`hits_on`.
+        settings: margin, confidence, and what the attacks were made with.
+        attacks: whose images both were judged on.
+    """
+    counted = [CLEAN, *(attack.name for attack in attacks if attack.in_worst_case)]
+    arms = [
+        make_arm(CLEAN, "none", "images as they are", 0.0, True, (reference[CLEAN], deployed[CLEAN])),
+        make_arm(
+            WORST_CASE,
+            "union of the arms",
+            "right on the clean image and on every image crafted on either model",
+            settings.epsilon,
+            True,
+            (worst_case([reference[name] for name in counted]), worst_case([deployed[name] for name in counted])),
+        ),
+        *(
+            make_arm(
+                attack.name,
+                attack.label.format(**settings.model_dump()),
+                attack.description,
+                settings.epsilon,
+                False,
+                (reference[attack.name], deployed[attack.name]),
+            )
+            for attack in attacks
+        ),
+    ]
+    return [arm_row(arm, settings.margin, settings.confidence) for arm in arms]
 
 
 def arm_row(arm: Arm, margin: float, confidence: float) -> dict[str, Any]:

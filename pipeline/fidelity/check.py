@@ -12,24 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hardware.bounds import prove
 from hardware.emulator import run_emulator
 from hardware.formats.bundle import Bundle
-from hardware.targets.energy import count_operations, estimate_energy
-from hardware.targets.loihi2 import LOIHI2
-from hardware.targets.rules import count_activity, placement
-from hardware.trace import Trace
 from pipeline.attacks.search import Crafted
-from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, correct, to_images
+from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, to_images
 from pipeline.config import FidelityConfig
-from pipeline.fidelity.arms import Hits, arm_row, make_arm, overall, worst_case
+from pipeline.fidelity.arms import arm_rows, hits_on, overall
 from pipeline.fidelity.certification import certify, is_certified
-from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
+from pipeline.fidelity.crafting import Images, craft_all
 from pipeline.fidelity.divergence import layer_rows
 from pipeline.fidelity.health import examine, health_row
 from pipeline.fidelity.page import SCHEMA, GalleryItem
+from pipeline.fidelity.resources import energy_row, placement_row
 from pipeline.fidelity.wording import percent
 from pipeline.models.float_file import load_float
 
@@ -110,8 +106,8 @@ def run_check(
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    hits = {name: _judge(target, images, crafted) for name, target in targets.items()}
-    arms = _arm_rows(hits, settings)
+    hits = {name: hits_on(target, images, crafted) for name, target in targets.items()}
+    arms = arm_rows(hits["float"], hits["integer"], settings)
     health = health_row(examine(targets, crafted, images, budget_of(settings.epsilon)))
     timings["judgement"] = time.perf_counter() - clock
 
@@ -147,8 +143,8 @@ def run_check(
         "baseline": None if circumstances.baseline is None else dict(circumstances.baseline),
         "quantization": [dict(row) for row in circumstances.quantization],
         "proofs": [asdict(row) for row in prove(bundle.network)],
-        "placement": _placement_row(bundle),
-        "energy": _energy_row(bundle, sample, trace),
+        "placement": placement_row(bundle.network),
+        "energy": energy_row(bundle.network, sample, trace),
         "timings": timings,
         "versions": versions(),
         "reproduce": circumstances.reproduce,
@@ -200,86 +196,6 @@ def conclude(
         "INCONCLUSIVE",
         f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}",
     )
-
-
-def _judge(target: Target, images: Images, crafted: Mapping[str, Crafted]) -> dict[str, Hits]:
-    return {
-        "clean": correct(target, images.codes, images.labels),
-        **{name: correct(target, made.codes, images.labels) for name, made in crafted.items()},
-    }
-
-
-def _arm_rows(hits: Mapping[str, Mapping[str, Hits]], settings: FidelityConfig) -> list[dict[str, Any]]:
-    reference, deployed = hits["float"], hits["integer"]
-    counted = ["clean", *(attack.name for attack in ATTACKS if attack.in_worst_case)]
-    arms = [
-        make_arm("clean", "none", "images as they are", 0.0, True, (reference["clean"], deployed["clean"])),
-        make_arm(
-            "worst case",
-            "union of the arms",
-            "right on the clean image and on every image crafted on either model",
-            settings.epsilon,
-            True,
-            (worst_case([reference[name] for name in counted]), worst_case([deployed[name] for name in counted])),
-        ),
-        *(
-            make_arm(
-                attack.name,
-                attack.label.format(**settings.model_dump()),
-                attack.description,
-                settings.epsilon,
-                False,
-                (reference[attack.name], deployed[attack.name]),
-            )
-            for attack in ATTACKS
-        ),
-    ]
-    return [arm_row(arm, settings.margin, settings.confidence) for arm in arms]
-
-
-def _placement_row(bundle: Bundle) -> dict[str, Any]:
-    placed = placement(bundle.network, LOIHI2)
-    return {
-        "target": placed.target,
-        "neurons": placed.neurons,
-        "synapses": placed.connections,
-        "weight_bytes": placed.weight_bytes,
-        "memory_bytes": placed.memory_bytes,
-        "minimum_cores": placed.minimum_cores,
-        "minimum_chips": placed.minimum_chips,
-        "populations": [
-            {
-                "name": row.population,
-                "neurons": row.neurons,
-                "synapses": row.connections,
-                "fan_in": row.fan_in,
-                "fan_out": row.fan_out,
-                "axons_in": row.axons_in,
-                "axons_out": row.axons_out,
-                "weight_bytes": row.weight_bytes,
-                "state_bytes": row.state_bytes,
-                "minimum_cores": row.minimum_cores,
-            }
-            for row in placed.populations
-        ],
-    }
-
-
-def _energy_row(bundle: Bundle, sample: NDArray[np.uint8], trace: Trace) -> dict[str, Any]:
-    activity = count_activity(bundle.network, trace)
-    operations = count_operations(bundle.network, sample, trace)
-    return {
-        "spikes_per_image": activity.spikes_per_image,
-        "synaptic_operations_per_image": activity.synaptic_operations_per_image,
-        "input_operations_per_image": operations.input,
-        "neuron_updates_per_image": operations.updates,
-        "estimates": [
-            {"name": row.name, "least_nj": row.nanojoules[0], "most_nj": row.nanojoules[1], "source": row.source}
-            for row in estimate_energy(operations)
-        ],
-        "note": f"spikes and operations are counted on {len(sample)} clean images; energies are estimates from "
-        "published costs per operation, not measurements",
-    }
 
 
 def _gallery(images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]) -> list[GalleryItem]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from pipeline import cli
 from pipeline.data import load_digits
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +79,35 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     config.write_text(SETTINGS.format(data=data))
     finished = spikeguard("run", config, "--out", folder / "run")
     return SmallRun(config, folder / "run", finished)
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def says(self, *words: str) -> bool:
+        """Whether all words were told on stderr."""
+        return all(word in self.err for word in words)
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+    """The command line in this process, on a terminal wide enough not to break words."""
+    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cli, "errors", Console(width=300, stderr=True))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Answer:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        assert isinstance(stop.value.code, int)
+        return Answer(stop.value.code, said.out, said.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)

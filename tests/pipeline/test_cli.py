@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from rich.console import Console
 
 from exporters.bundle import write_bundle
 from exporters.onnx import write_onnx, write_step_onnx
@@ -30,44 +29,11 @@ from hardware.runtimes import lava
 from hardware.targets.catalogue import TARGETS
 from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import check, placement
-from pipeline import cli
 from tests.networks import random_codes, random_network
-from tests.pipeline.conftest import ROOT, SmallRun, spikeguard
+from tests.pipeline.conftest import ROOT, Call, SmallRun, spikeguard
 from tests.pipeline.samples import easy_data
 
 OK, ERROR, USAGE, FAIL, INTERRUPTED = 0, 1, 2, 3, 130
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    def says(self, *words: str) -> bool:
-        """Whether all words were told on stderr."""
-        return all(word in self.err for word in words)
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
-    """The command line in this process, on a terminal wide enough not to break words."""
-    monkeypatch.setattr(cli, "out", Console(width=300))
-    monkeypatch.setattr(cli, "errors", Console(width=300, stderr=True))
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> Answer:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        assert isinstance(stop.value.code, int)
-        return Answer(stop.value.code, said.out, said.err)
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -97,7 +63,7 @@ def plant_another_network(bundle: Path) -> None:
     sign(bundle)
 
 
-BUNDLE_COMMANDS = ["verify", "info", "check", "emulate", "fidelity", "export"]
+BUNDLE_COMMANDS = ["verify", "info", "check", "emulate", "fidelity", "export", "sweep"]
 
 
 @pytest.mark.parametrize("command", BUNDLE_COMMANDS)
@@ -245,6 +211,10 @@ def test_an_unknown_runtime(call: Call, small_run: SmallRun, tmp_path: Path) -> 
         ["run", "digits", "--set", "quantization.bits=9"],
         ["demo", "--set", "fidelity.epsilon=1.5"],
         ["export", "nowhere", "--target", "loihi3"],
+        ["sweep"],
+        ["sweep", "nowhere", "--bits", "1"],
+        ["sweep", "nowhere", "--steps", "65"],
+        ["sweep", "nowhere", "--samples", "0"],
     ],
 )
 def test_usage_errors(call: Call, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,66 @@
+"""What ``spikeguard info``, ``verify`` and ``fidelity`` show, as plain tables. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.target_tables import TextTable
+
+if TYPE_CHECKING:
+    from hardware.bounds import BoundRow
+    from hardware.formats.verify import VerifyRow
+    from hardware.network import IntegerNetwork
+
+
+def population_table(title: str, network: IntegerNetwork, proofs: Sequence[BoundRow]) -> TextTable:
+    """What each population is, reads and is proven of."""
+    proven = {row.population: row for row in proofs}
+    rows = [
+        (
+            p.name,
+            "x".join(map(str, p.shape)),
+            str(p.threshold) if p.spiking else "readout",
+            ", ".join(f"{s.source} ({s.kind}, {s.bits} bit)" for s in network.incoming(p.name)),
+            "{} .. {}".format(*proven[p.name].sum_range),
+            "cannot wrap" if not proven[p.name].can_wrap else "CAN WRAP",
+        )
+        for p in network.populations
+    ]
+    return TextTable(title, ("population", "shape", "threshold", "reads", "sum per step", "24-bit state"), rows)
+
+
+def mismatch_table(verified: Sequence[VerifyRow]) -> TextTable:
+    """How far each file of a bundle is from the golden traces."""
+    rows = [
+        (
+            row.file,
+            row.reader,
+            str(row.samples),
+            *map(_count, (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts)),
+            f"{row.seconds:.2f}",
+        )
+        for row in verified
+    ]
+    columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s")
+    return TextTable("mismatches with the golden traces", columns, rows)
+
+
+def arm_table(title: str, arms: Sequence[Mapping[str, Any]]) -> TextTable:
+    """The arms of a fidelity check."""
+    rows = [
+        (
+            arm["name"],
+            f"{arm['reference_accuracy']:.1%}",
+            f"{arm['deployed_accuracy']:.1%}",
+            f"{arm['difference']:+.1%}",
+            f"{arm['lower_bound']:+.1%}",
+            arm["verdict"] or "",
+        )
+        for arm in arms
+    ]
+    return TextTable(title, ("arm", "trained", "deployed", "difference", "lower bound", "verdict"), rows)
+
+
+def _count(mismatches: int | None) -> str:
+    return "–" if mismatches is None else str(mismatches)
