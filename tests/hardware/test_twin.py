@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,7 +96,9 @@ def test_the_fused_adaptive_rule_is_the_rule_itself(warm_start: bool, case: Case
         moved = np.roll(codes, iteration, axis=-1)
         with computed(compiled=True, group=2 * network.steps):
             actual = image_gradient(twin, moved, fused)
-        assert relative_error(actual, image_gradient(twin, moved, unfused)) < 1e-9
+        expected = image_gradient(twin, moved, unfused)
+        assume(bool(expected.isfinite().all()))  # through many steps, float32 does not hold every gradient
+        assert relative_error(actual, expected) < 1e-9
 
 
 def test_kernels_do_not_mind_a_gradient_that_only_some_steps_have() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hardware.errors import SpikeguardError
 from pipeline import run as run_module
+from pipeline import stages
 from pipeline.checkpoints import Epoch, TrainingState, restore_checkpoint, save_checkpoint
 from pipeline.config import load_config
 from pipeline.data.augmentation import Augmentation
@@ -244,7 +245,7 @@ def test_a_missing_file_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from pipeline import run
+from pipeline import run, stages
 from pipeline.config import load_config
 
 stage, stall = sys.argv[1], int(sys.argv[2])
@@ -265,7 +266,7 @@ def wrap(make):
 
 run.source_digest = lambda: "fixed"
 for name in ("training_objective", "finetuning_objective", "natural"):
-    setattr(run, name, wrap(getattr(run, name)))
+    setattr(stages, name, wrap(getattr(stages, name)))
 run.Run(load_config("run.yaml"), Path("run"), "").ensure(stage)
 """
 
@@ -371,7 +372,7 @@ def test_a_run_goes_on_only_if_it_is_the_same_and_nobody_wants_it_fresh(
 ) -> None:
     shutil.copy(whole / "run.yaml", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "training_objective", lambda _: stopping_at(9))
+        patch.setattr(stages, "training_objective", lambda _: stopping_at(9))
         with pytest.raises(Stopped):
             resumed(tmp_path, "train")
     left = tmp_path / "run" / "checkpoints" / ".train.safetensors.1.partial"

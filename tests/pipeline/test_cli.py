@@ -227,7 +227,7 @@ def test_usage_errors(call: Call, arguments: list[str], tmp_path: Path, monkeypa
 
 def test_every_problem_of_a_configuration_is_listed(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("sead: 1\ntraining: {epochs: 0}\nfidelity: {epsilon: -0.1}\nquantization: {bits: 1}\n")
+    path.write_text("sead: 1\ntraining: {epochs: -1}\nfidelity: {epsilon: -0.1}\nquantization: {bits: 1}\n")
     answer = call("run", path, "--out", tmp_path / "run")
     assert answer.code == USAGE
     assert answer.says("4 problem(s)", "sead", "training.epochs", "fidelity.epsilon", "quantization.bits")

@@ -29,7 +29,8 @@ def test_presets_load(name: str) -> None:
 def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> None:
     config = load_config("digits")
     assert config.finetuning.steps == 8
-    assert config.training.epsilon == config.fidelity.epsilon == 0.1
+    assert config.fidelity.epsilon == 0.1
+    assert config.training.epsilon == 2 * config.fidelity.epsilon
     assert config.fidelity.margin == 0.02
     assert config.fidelity.certify >= 32
     assert set(config.fidelity.runtimes) == {"emulator", "lava", "netx", "onnxruntime"}
