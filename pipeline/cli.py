@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
 from pipeline.bundle_tables import arm_table, mismatch_table, population_table
+from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def info(path: BundlePath) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: every error is one sentence on stderr and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer answers Ctrl-C with this code and no word
@@ -430,10 +430,6 @@ def _command() -> str:
 def _usage(message: str) -> None:
     errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(USAGE)
-
-
-def _terminate(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipeline.interruption import raise_if_interrupted
+
 console = Console(stderr=True)
 
 # Long enough to see a few steps of a large network, and its validation between them.
@@ -44,6 +46,7 @@ def track(label: str, total: int, *, per: int = 1, done: int = 0) -> Iterator[Ca
 
         def advance(note: str | Callable[[], str] = "", units: int = 1) -> None:
             nonlocal noted
+            raise_if_interrupted()
             if callable(note) and time.monotonic() - noted < SECONDS_BETWEEN_NOTES:
                 progress.advance(task, units)
                 return
