@@ -149,7 +149,9 @@ class FidelityConfig(_Section):
     epsilon: Annotated[float, Field(ge=1 / 255, le=1)] = Field(default=0.1, description="at least one pixel code")
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    attacks: Literal["quick", "paper", "strong"] = Field(default="quick", description="the ensemble of gradients")
+    attacks: Literal["quick", "paper", "adaptive", "strong"] = Field(
+        default="quick", description="the ensemble of gradients"
+    )
     square_queries: Count = 300
     certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
     runtimes: tuple[RuntimeName, ...] = ("emulator", "lava", "netx", "onnxruntime")

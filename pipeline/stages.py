@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +31,11 @@ from pipeline.models.zoo import NETWORKS, build
 from pipeline.objectives import Objective, natural
 from pipeline.progress import console, track
 from pipeline.quantization import quantize
-from pipeline.quantization_aware import finetune_quantized, remeasured
 from pipeline.recipes import (
     augmentation_of,
     compute_of,
+    finetune_integers,
     finetuning_objective,
-    grid_schedule_of,
     schedule_of,
     training_objective,
 )
@@ -252,20 +251,8 @@ def quantize_network(run: Run, folder: Path) -> None:
     provenance = {"config": {name: known[name] for name in WITHOUT_FIDELITY}, "data": settings.data.name}
     result = quantize(network, calibration, settings.quantization.bits, provenance)
     if settings.quantization.epochs:
-        deployed, history = finetune_quantized(
-            network,
-            result.network,
-            finetuning_objective(settings.finetuning),
-            run.data.train,
-            run.data.validation,
-            grid_schedule_of(settings),
-            epsilon=settings.finetuning.epsilon,
-            seed=settings.seed,
-            augment=augmentation_of(settings.finetuning),
-            compute=replace(compute_of(settings.compute), precision="float32"),
-            records=run.records("quantize"),
-        )
-        result = remeasured(network, result, deployed, calibration)
+        parts, records = (run.data.train, run.data.validation), run.records("quantize")
+        result, history = finetune_integers(settings, network, result, calibration, *parts, records)
         write_history(folder, history)
     save_network(result.network, folder)
     write_json(folder / "scales.json", [asdict(choice) for choice in result.choices])

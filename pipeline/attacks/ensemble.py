@@ -310,19 +310,21 @@ WARM = Adaptive(0.35, warm_start=True)
 MIXED: tuple[Backward, ...] = (WARM, TRIANGLE)
 """Rules that take turns within one trajectory."""
 
+NINETEEN = (*(Member(way) for way in ENSEMBLE), Member(RATE), Member(Conversion(clipped=False)))
+"""The gradients of the method, each with PGD of 10 steps (Özdenizci & Legenstein, TMLR 2024)."""
+
 PRESETS: Mapping[str, tuple[AnyMember, ...]] = {
     "quick": (Member(WARM, "APGD", 100), Member(TRIANGLE, "PGD", 20)),
-    # The nineteen gradients of the method, each with PGD of 10 steps.
-    "paper": (*(Member(way) for way in ENSEMBLE), Member(RATE), Member(Conversion(clipped=False))),
+    "paper": NINETEEN,
+    # The attack whose gradients adapt to the network comes first because it finds most.
+    "adaptive": (Member(Adaptive(), "SA-PGD", 100), *NINETEEN),
     # Ordered by the yield measured on the digits, so that few images reach the many weak members.
     "strong": (
         Member(WARM, "APGD", 100, restarts=3),
         Member(Adaptive(), "SA-PGD", 100, restarts=3),
         Member(MIXED, "APGD", 100),
         Member(WARM, "APGD", 100, loss="DLR"),
-        *(Member(way) for way in ENSEMBLE),
-        Member(RATE),
-        Member(Conversion(clipped=False)),
+        *NINETEEN,
         Member(Conversion(clipped=True)),
         SquareMember(5000),
     ),

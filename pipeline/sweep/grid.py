@@ -10,7 +10,16 @@ from pipeline.quantization import MAX_BITS, MIN_BITS
 
 MAX_STEPS = 64
 DEFAULT_BITS = (8, 6, 4, 3, 2)
-SETTINGS = ("data.path", "data.dir", "fidelity.epsilon", "fidelity.margin", "fidelity.confidence", "fidelity.attacks")
+SETTINGS = (
+    "data.path",
+    "data.dir",
+    "quantization.epochs",
+    "quantization.learning_rate",
+    "fidelity.epsilon",
+    "fidelity.margin",
+    "fidelity.confidence",
+    "fidelity.attacks",
+)
 """Settings a sweep reads; the others are those of the run, and would change nothing."""
 
 

@@ -16,13 +16,12 @@ from hardware.emulator import run_emulator
 from hardware.errors import RuleViolations
 from hardware.network import IntegerNetwork
 from pipeline.attacks.search import Crafted
-from pipeline.attacks.targets import Codes, FloatTarget, IntegerTarget
+from pipeline.attacks.targets import FloatTarget, IntegerTarget
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import CLEAN, WORST_CASE, arm_rows, hits_on, overall, worst_case
 from pipeline.fidelity.crafting import ATTACKS, Images
 from pipeline.fidelity.resources import energy_row, placement_row
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.quantization import quantize
 from pipeline.statistics import wilson_interval
 
 ON_FLOAT, ON_INTEGER = (attack for attack in ATTACKS if attack.is_ensemble)
@@ -114,15 +113,6 @@ def at_steps(network: SpikingNetwork, steps: int) -> SpikingNetwork:
     changed = copy.deepcopy(network)
     changed.steps = steps
     return changed
-
-
-def integer_network(network: SpikingNetwork, bits: int, calibration: Codes) -> IntegerNetwork:
-    """The network of a point, which rests on training images alone.
-
-    Raises:
-        RuleViolations: if the target takes no such network.
-    """
-    return quantize(network, calibration, bits, {}).network
 
 
 def measure_reference(target: FloatTarget, finetuned: bool, images: Images, on_float: Crafted) -> Reference:

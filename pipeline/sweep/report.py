@@ -36,7 +36,14 @@ def notes_of(result: SweepResult) -> tuple[str, ...]:
     """What the figures mean."""
     steps = result.subject.network.steps
     untrained = f"Fine-tuned for T = {steps} only; at every other T the same weights and thresholds run as they are."
-    return (untrained, *NOTES)
+    epochs = _integer_epochs(result)
+    learned = [f"The integers of every row learned on for {epochs} epochs of training images."] if epochs else []
+    return (untrained, *learned, *NOTES)
+
+
+def _integer_epochs(result: SweepResult) -> int:
+    learning = result.subject.learning
+    return learning.config.quantization.epochs if learning else 0
 
 
 def sweep_report(result: SweepResult, reproduce: str) -> dict[str, Any]:
@@ -56,6 +63,7 @@ def sweep_report(result: SweepResult, reproduce: str) -> dict[str, Any]:
         "confidence": settings.confidence,
         "attacks": {"preset": settings.attacks, "members": [member.name for member in PRESETS[settings.attacks]]},
         "finetuned_steps": subject.network.steps,
+        "integer_epochs": _integer_epochs(result),
         "bits": list(result.grid.bits),
         "steps": list(result.grid.steps),
         "references": [asdict(reference) for reference in result.references],

@@ -18,15 +18,19 @@ from pydantic import TypeAdapter, ValidationError
 from hardware.errors import RuleViolations, SpikeguardError
 from hardware.files import MAX_JSON_BYTES, read_bytes, write_json
 from hardware.formats.bundle import Bundle
+from hardware.network import IntegerNetwork
 from pipeline.attacks.ensemble import PRESETS
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget
 from pipeline.config import Config, FidelityConfig
+from pipeline.data import Dataset
 from pipeline.data.loading import load_splits
 from pipeline.fidelity.crafting import Attack, Images, craft_all
 from pipeline.models.float_file import float_files, load_float
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
+from pipeline.quantization import quantize
+from pipeline.recipes import finetune_integers
 from pipeline.run import require_same_test_split
 from pipeline.source import source_digest
 from pipeline.stages import quantization_images
@@ -37,13 +41,38 @@ from pipeline.sweep.points import (
     Point,
     Reference,
     at_steps,
-    integer_network,
     measure_point,
     measure_reference,
     refused_point,
 )
+from pipeline.training import Records
+
+POINTS, CRAFTED, TRAINED = "points", "crafted", "trained"
+"""Folders of what is kept."""
 
 Result = TypeVar("Result", Reference, Point)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the integers of every point learn on, on its grid.
+
+    Attributes:
+        config: of the run.
+        train, validation: images.
+    """
+
+    config: Config
+    train: Dataset
+    validation: Dataset
+
+    @cached_property
+    def facts(self) -> list[Any]:
+        """What the result depends on, apart from the networks."""
+        settings = self.config.model_dump(mode="json", include={"quantization", "finetuning", "compute", "seed"})
+        del settings["quantization"]["bits"]  # the grid's
+        parts = (self.train, self.validation)
+        return [settings, *(_digest(array) for part in parts for array in (part.codes, part.labels))]
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,7 @@ class Subject:
         images: of the test split, attacked.
         settings: budget, effort and margin.
         data: name of the data set.
+        learning: the fine-tuning of integers; none leaves them as they were rounded.
     """
 
     network: SpikingNetwork
@@ -63,6 +93,7 @@ class Subject:
     images: Images
     settings: FidelityConfig
     data: str
+    learning: Learning | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -82,11 +113,15 @@ class Subject:
 
     def key(self, steps: int, bits: int | None) -> str:
         """Of all that determines one point; without bits, of the float SNN at T ``steps``."""
-        return hashlib.sha256(json.dumps([self.digest, steps, bits]).encode()).hexdigest()[:16]
+        learning = self.learning.facts if self.learning is not None and bits is not None else None
+        facts = [self.digest, steps, bits, learning]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def subject_of(bundle: Bundle, config: Config, samples: int | None) -> Subject:
     """The float SNN of a bundle, with the training images its quantiser saw and the test images its run set aside.
+
+    Integers learn on where the configuration gives them epochs.
 
     Args:
         bundle: of a finished run.
@@ -100,7 +135,8 @@ def subject_of(bundle: Bundle, config: Config, samples: int | None) -> Subject:
     require_same_test_split(bundle, splits.test)
     images = Images(splits.test.codes[:samples], splits.test.labels[:samples], config.seed)
     calibration = quantization_images(splits.train, config.seed)
-    return Subject(load_float(bundle.path), calibration, images, config.fidelity, splits.name)
+    learning = Learning(config, splits.train, splits.validation) if config.quantization.epochs else None
+    return Subject(load_float(bundle.path), calibration, images, config.fidelity, splits.name, learning)
 
 
 def _digest(array: np.ndarray[Any, Any]) -> str:
@@ -181,11 +217,26 @@ class _Column:
     def _measure(self, bits: int) -> Point:
         subject = self.subject
         try:
-            network = integer_network(self.target.network, bits, subject.calibration)
+            network = self._integers(bits)
         except RuleViolations as refusal:
             return refused_point(bits, self.steps, self.finetuned, refusal)
         crafted = self.on_float, self._craft(ON_INTEGER, IntegerTarget(network), bits)
         return measure_point(self.target, network, self.finetuned, subject.images, crafted, subject.settings, bits)
+
+    def _integers(self, bits: int) -> IntegerNetwork:
+        """The network of a point, which rests on training and validation images alone.
+
+        Raises:
+            RuleViolations: if the target takes no such network.
+        """
+        network, subject = self.target.network, self.subject
+        rounded = quantize(network, subject.calibration, bits, {})
+        if (learning := subject.learning) is None:
+            return rounded.network
+        stem, folder = self._stem(bits), self.folder / TRAINED
+        records = Records(folder / f"{stem}.safetensors", folder / f"{stem}.csv", subject.key(self.steps, bits))
+        parts = subject.calibration, learning.train, learning.validation
+        return finetune_integers(learning.config, network, rounded, *parts, records)[0].network
 
     def _craft(self, attack: Attack, target: GradientTarget, bits: int | None) -> Crafted:
         """The images of one attack on the one model it asks, named after the point."""
@@ -193,15 +244,18 @@ class _Column:
         (model,) = attack.targets
         key = subject.key(self.steps, bits)
         named = replace(attack, name=name)
-        folder = self.folder / "crafted"
+        folder = self.folder / CRAFTED
         return craft_all({model: target}, subject.images, subject.settings, folder, key, (named,))[name]
 
     def _name(self, bits: int | None) -> str:
         return f"T {self.steps}, " + ("float" if bits is None else f"{bits} bits")
 
     def _path(self, bits: int | None) -> Path:
-        stem = self._name(bits).replace(", ", "-").replace(" ", "-")
-        return self.folder / "points" / f"{stem}-{self.subject.key(self.steps, bits)}.json"
+        return self.folder / POINTS / f"{self._stem(bits)}.json"
+
+    def _stem(self, bits: int | None) -> str:
+        name = self._name(bits).replace(", ", "-").replace(" ", "-")
+        return f"{name}-{self.subject.key(self.steps, bits)}"
 
 
 def _kept(path: Path, kind: type[Result], measure: Callable[[], Result]) -> Result:
@@ -224,7 +278,7 @@ def _tidy(folder: Path, fresh: bool) -> None:
 
 
 def _files(folder: Path, pattern: str) -> Iterator[Path]:
-    for part in ("points", "crafted"):
+    for part in (POINTS, CRAFTED, TRAINED):
         yield from (path for path in sorted((folder / part).glob(pattern)) if path.is_file())
 
 

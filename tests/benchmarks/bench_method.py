@@ -256,9 +256,10 @@ class Task:
 def main() -> None:
     """Train, attack and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset")
+    parser.add_argument("preset", nargs="?", default="digits")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--images", type=int, default=None, help="first test images; default: all of the preset's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="networks attacked at the same time")
     parser.add_argument("--threads", type=int, default=1, help="of torch while networks are trained")
@@ -273,7 +274,7 @@ def main() -> None:
         run = Run(config, Path("runs/method") / f"{options.preset}-{seed}", "")
         test = run.data.test
         tasks += [
-            Task(name, trained, test.codes, test.labels, config.fidelity.epsilon, seed)
+            Task(name, trained, test.codes[: options.images], test.labels[: options.images], config.fidelity.epsilon, seed)
             for name, trained in networks_of(run).items()
         ]
     if options.train_only:

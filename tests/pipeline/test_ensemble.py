@@ -242,7 +242,8 @@ def test_the_strong_preset_holds_all_that_the_paper_has_and_more() -> None:
     assert Member(Conversion(clipped=True)) in strong
     assert SquareMember(5000) in strong
     assert any(m.walk == "SA-PGD" and m.steps >= 100 and m.restarts > 1 for m in strong if isinstance(m, Member))
-    assert set(PRESETS) == {"quick", "paper", "strong"}
+    assert set(PRESETS["adaptive"]) == {*PRESETS["paper"], Member(Adaptive(), "SA-PGD", 100)}
+    assert set(PRESETS) == {"quick", "paper", "adaptive", "strong"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

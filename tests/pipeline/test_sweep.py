@@ -22,12 +22,13 @@ from hardware.reference import run_reference
 from hardware.surrogates import TRIANGLE
 from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import placement
-from pipeline import cli
+from pipeline import cli, training
 from pipeline.attacks import ensemble
 from pipeline.attacks.ensemble import Member
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, FloatTarget, Labels, to_images
-from pipeline.config import FidelityConfig
+from pipeline.config import FidelityConfig, validate_config
+from pipeline.data import Dataset
 from pipeline.fidelity import crafting
 from pipeline.fidelity.crafting import Images
 from pipeline.models.spiking import SpikingNetwork
@@ -37,8 +38,16 @@ from pipeline.sweep import sweeping
 from pipeline.sweep.grid import DEFAULT_BITS, Grid, grid_of, option_problems
 from pipeline.sweep.plots import draw
 from pipeline.sweep.points import Point, at_steps, measure_point
-from pipeline.sweep.report import accuracy_table, cost_table, refusal_table, sweep_csv, sweep_report, write_sweep
-from pipeline.sweep.sweeping import Subject, SweepResult, run_sweep
+from pipeline.sweep.report import (
+    accuracy_table,
+    cost_table,
+    notes_of,
+    refusal_table,
+    sweep_csv,
+    sweep_report,
+    write_sweep,
+)
+from pipeline.sweep.sweeping import Learning, Subject, SweepResult, run_sweep
 from tests.pipeline.conftest import Call, SmallRun
 from tests.pipeline.samples import random_images, spiking_network
 
@@ -193,7 +202,7 @@ class TestSweep:
     ) -> None:
         result, folder = whole
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        for name in ("integer_network", "craft_all", "measure_point", "measure_reference"):
+        for name in ("quantize", "craft_all", "measure_point", "measure_reference"):
             monkeypatch.setattr(sweeping, name, None)
         again = run_sweep(subject(), GRID, folder)
         assert (again.references, again.points) == (result.references, result.points)
@@ -268,6 +277,31 @@ class TestSweep:
         assert {name: (tmp_path / "points" / name).stat().st_mtime_ns for name in kept} == kept
         assert not list(tmp_path.rglob("*.partial"))
         assert not list(tmp_path.rglob("*.half.npz"))
+
+    def test_integers_learn_on_where_asked_for_and_are_found_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        codes = random_images(SHAPE, 24, seed=8)
+        parts = [Dataset(part, own_answers(spiking_network("dense", steps=STEPS), part)) for part in np.split(codes, 2)]
+        values = {"finetuning": {"batch_size": 4}, "quantization": {"epochs": 2, "learning_rate": 0.05}}
+        what, grid = subject(), Grid((3,), (2, 4))
+        taught = replace(what, learning=Learning(validate_config(values, "test"), *parts))
+        rounded, learned = run_sweep(what, grid, tmp_path), run_sweep(taught, grid, tmp_path)
+        assert learned.references == rounded.references
+        trained = sorted(path.name for path in (tmp_path / "trained").glob("*.csv"))
+        assert [name.rpartition("-")[0] for name in trained] == ["T-2-3-bits", "T-4-3-bits"]
+        assert [one.energy for one in learned.points] != [one.energy for one in rounded.points]
+        assert "learned on for 2 epochs" in notes_of(learned)[1]
+        assert sweep_report(learned, "")["integer_epochs"] == 2
+
+        for path in (tmp_path / "points").iterdir():
+            path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "save_checkpoint", None)  # nothing is left to learn
+            again = run_sweep(taught, grid, tmp_path)
+        assert without_seconds(again) == without_seconds(learned)
+        other = replace(taught, learning=replace(taught.learning, train=parts[1]))
+        assert (other.key(2, 3) == taught.key(2, 3), other.key(2, None) == taught.key(2, None)) == (False, True)
 
     def test_a_fresh_sweep_takes_nothing_from_before(self, whole: tuple[SweepResult, Path], tmp_path: Path) -> None:
         what, grid = whole[0].subject, Grid((8,), (4,))
