@@ -272,9 +272,9 @@ def main() -> None:
         overrides = (f"seed={seed}", "fidelity.baseline=false", *folder_of_data, *options.overrides)
         config = load_config(options.preset, overrides)
         run = Run(config, Path("runs/method") / f"{options.preset}-{seed}", "")
-        test = run.data.test
+        codes, labels = run.data.test.codes[: options.images], run.data.test.labels[: options.images]
         tasks += [
-            Task(name, trained, test.codes[: options.images], test.labels[: options.images], config.fidelity.epsilon, seed)
+            Task(name, trained, codes, labels, config.fidelity.epsilon, seed)
             for name, trained in networks_of(run).items()
         ]
     if options.train_only:
