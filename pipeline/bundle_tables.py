@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.fidelity.wording import number, worst_share
 from pipeline.target_tables import TextTable
 
 if TYPE_CHECKING:
@@ -60,6 +61,21 @@ def arm_table(title: str, arms: Sequence[Mapping[str, Any]]) -> TextTable:
         for arm in arms
     ]
     return TextTable(title, ("arm", "trained", "deployed", "difference", "lower bound", "verdict"), rows)
+
+
+def attribution_table(attribution: Sequence[Mapping[str, Any]]) -> TextTable:
+    """What each kind of rounding changes."""
+    rows = [
+        (
+            row["rounded"],
+            worst_share(row["disagreement"]),
+            number(row["logit_error"]),
+            f"{row['argmax_flips']:,} of {row['samples']:,}",
+        )
+        for row in attribution
+    ]
+    columns = ("rounded", "spikes that differ, worst layer", "relative logit error", "classes changed")
+    return TextTable("what each kind of rounding changes, on training images", columns, rows)
 
 
 def _count(mismatches: int | None) -> str:

@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
-from pipeline.bundle_tables import arm_table, mismatch_table, population_table
+from pipeline.bundle_tables import arm_table, attribution_table, mismatch_table, population_table
+from pipeline.fidelity.wording import ATTRIBUTION_NOTE
 from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
@@ -395,6 +396,9 @@ def _require_data_folder(config: Config) -> None:
 
 def _conclude(result: CheckResult, folder: Path) -> None:
     report = result.report
+    if report["attribution"]:
+        out.print(_table(*attribution_table(report["attribution"])))
+        out.print(f"[dim]{escape(ATTRIBUTION_NOTE)}[/dim]", highlight=False)
     title = f"{report['samples']} images, epsilon {report['epsilon'][0]:g}"
     out.print(_table(*arm_table(title, report["arms"])))
     colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporters.bundle import write_bundle
 from hardware.errors import SpikeguardError
-from hardware.files import write_bytes, write_json
+from hardware.files import read_json, write_bytes, write_json
 from hardware.formats.network_file import load_network, save_network
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.targets import Codes, budget_of
@@ -274,6 +274,7 @@ def export_bundle(run: Run, folder: Path) -> None:
             "config": portable_settings(run.config),
             "data": run.config.data.name,
             "test_split": digest_of(run.data.test),
+            "attribution": read_json(run.result("quantize") / "attribution.json"),
         },
     )
 

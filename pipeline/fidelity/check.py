@@ -20,6 +20,7 @@ from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, to_images
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import arm_rows, hits_on, overall
+from pipeline.fidelity.attribution import attribution_rows
 from pipeline.fidelity.certification import certify, is_certified
 from pipeline.fidelity.crafting import Images, craft_all
 from pipeline.fidelity.divergence import layer_rows
@@ -94,6 +95,7 @@ def run_check(
         RuntimeFailedError: if a requested runtime did not finish.
         SpikeguardError: if a file of the bundle is not what it should be.
     """
+    attribution = attribution_rows(bundle)
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
     float_network = load_float(bundle.path)
@@ -139,6 +141,7 @@ def run_check(
         "arms": arms,
         "runtimes": runtimes,
         "layers": layer_rows(layers, trace),
+        "attribution": attribution,
         "gradient_health": health,
         "baseline": None if circumstances.baseline is None else dict(circumstances.baseline),
         "quantization": [dict(row) for row in circumstances.quantization],

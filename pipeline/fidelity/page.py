@@ -36,8 +36,8 @@ REQUIRED = (
     "certified_runtimes", "arms", "runtimes", "layers",
 )  # fmt: skip
 OPTIONAL = (
-    "summary", "created", "data", "missing_runtimes", "baseline", "quantization", "proofs", "gradient_health",
-    "placement", "energy", "timings", "versions", "reproduce",
+    "summary", "created", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
+    "gradient_health", "placement", "energy", "timings", "versions", "reproduce",
 )  # fmt: skip
 OUTCOMES = {
     "OK": "Both deciding arms are within the margin, and every named runtime computes exactly the checked network.",
@@ -144,6 +144,7 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Table | None]:
         "arms": ("Accuracy under attack, arm by arm, with 95 % intervals", tables.ARMS, report["arms"]),
         "runtimes": ("Runtimes against the reference arithmetic", tables.RUNTIMES, report["runtimes"]),
         "layers": ("Spikes of the float network and of the integer network", tables.LAYERS, report["layers"]),
+        "attribution": ("What each kind of rounding changes", tables.ATTRIBUTION, report.get("attribution")),
         "quantization": ("Integer units per real unit, by layer", tables.QUANTIZATION, report.get("quantization")),
         "proofs": ("What interval arithmetic proves for every possible image", tables.PROOFS, report.get("proofs")),
         "health": ("Would the attacks have worked, had the network been weak?", tables.HEALTH, health.get("checks")),

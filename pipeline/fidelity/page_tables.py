@@ -21,6 +21,7 @@ from pipeline.fidelity.wording import (
     points_range,
     seconds,
     whole_range,
+    worst_share,
 )
 
 Row = Mapping[str, Any]
@@ -185,6 +186,12 @@ LAYERS = (
     Column("Rate error", lambda row: number(row.get("rate_error"))),
     Column("First differing spike", lambda row: divergence(row.get("first_divergence")), numeric=False),
     Column("Its margin", _margin),
+)
+ATTRIBUTION = (
+    Column("Rounded", _plain("rounded"), numeric=False),
+    Column("Spikes that differ, worst layer", lambda row: worst_share(row["disagreement"])),
+    Column("Relative logit error", _plain("logit_error")),
+    Column("Classes changed", lambda row: f"{count(row['argmax_flips'])} of {count(row['samples'])}"),
 )
 QUANTIZATION = (
     Column("Population", _plain("population"), numeric=False),

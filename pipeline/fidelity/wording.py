@@ -10,6 +10,10 @@ ABSENT = "–"
 NBSP = "\u00a0"
 MINUS = "\u2212"
 PIXEL_LEVELS = 255
+ATTRIBUTION_NOTE = (
+    "In each row only that kind of number is rounded and all else is float64, so the largest figures show which "
+    "rounding costs most; “nothing” is what float32 leaves by itself, the last row is the deployed network."
+)
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
@@ -28,6 +32,14 @@ def percent_range(interval: Sequence[float] | None) -> str:
     if interval is None:
         return ABSENT
     return f"{100 * interval[0]:.1f} to {percent(interval[1])}"
+
+
+def worst_share(shares: Mapping[str, float]) -> str:
+    """The largest of several shares and whose it is: "1.24 % (conv2)"."""
+    if not any(shares.values()):
+        return percent(0.0, 2) if shares else ABSENT
+    name = max(shares, key=shares.__getitem__)
+    return f"{percent(shares[name], 2)} ({name})"
 
 
 def points(fraction: float | None, digits: int = 2) -> str:

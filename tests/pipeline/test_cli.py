@@ -407,6 +407,34 @@ def test_a_bundle_without_a_configuration_cannot_be_checked(call: Call, bundle: 
     assert answer.says("holds no configuration")
 
 
+def test_impossible_figures_of_rounding_are_refused_before_any_attack(
+    call: Call, small_run: SmallRun, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["provenance"]["attribution"][1] |= {"samples": 0, "logit_error": "[red]small[/red]"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    answer = call("fidelity", bundle, "--out", tmp_path / "out", "--set", small_run.data)
+    assert answer.code == ERROR
+    assert answer.says("attribution in", "attribution.1.samples", "attribution.1.logit_error", "[red]small[/red]")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_tells_nothing_of_rounding_is_checked_all_the_same(
+    call: Call, small_run: SmallRun, bundle: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["provenance"]["attribution"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(small_run.folder / "crafted", tmp_path / "out" / "crafted")
+    answer = call("fidelity", bundle, "--runtime", "emulator", "--out", tmp_path / "out", "--set", small_run.data)
+    assert answer.code == small_run.finished.returncode
+    assert "each kind of rounding" in small_run.finished.stdout
+    assert "each kind of rounding" not in answer.out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["attribution"], report["arms"]) == ([], small_run.report["arms"])
+    assert 'id="rounding"' not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_verifying_needs_no_torch(small_run: SmallRun) -> None:
     script = "import sys; sys.modules['torch'] = None; from pipeline.cli import main; main(sys.argv[1:])"
     for arguments in (["verify"], ["info"], ["emulate"], ["emulate", "--runtime", "onnxruntime"]):

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware.files import read_json
 from hardware.formats.bundle import open_bundle
 from hardware.trace import unpack_trace
+from pipeline.bundle_tables import attribution_table
+from pipeline.fidelity.wording import ATTRIBUTION_NOTE
 from pipeline.models.float_file import load_float
 from tests.pipeline.conftest import SmallRun, spikeguard
 
@@ -135,6 +138,21 @@ def test_the_page_is_one_file_with_the_verdict(small_run: SmallRun) -> None:
     assert small_run.report["verdict"] in page.lower()
 
 
+def test_terminal_page_and_report_tell_what_each_kind_of_rounding_changes(small_run: SmallRun) -> None:
+    rows = small_run.report["attribution"]
+    assert rows == read_json(small_run.folder / "quantize" / "attribution.json")
+    assert [row["rounded"] for row in rows if row["rounded"] not in ("bias", "input")] == [
+        "nothing", "weights", "thresholds", "everything",
+    ]  # fmt: skip
+    page = (small_run.folder / "report.html").read_text()
+    said = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in small_run.finished.stdout.splitlines()]
+    for cells in attribution_table(rows).rows:
+        assert list(cells) in said
+        assert all(f">{cell}<" in page for cell in cells)
+    assert ATTRIBUTION_NOTE in page
+    assert ATTRIBUTION_NOTE in " ".join(small_run.finished.stdout.split())
+
+
 def test_the_bundle_is_complete_and_holds_the_networks_of_the_run(small_run: SmallRun) -> None:
     names = {path.name for path in small_run.bundle.iterdir()}
     assert names >= FILES
@@ -230,7 +248,8 @@ def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Pa
     )
     assert finished.returncode == small_run.finished.returncode, finished.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["arms"] == small_run.report["arms"]
+    for field in ("arms", "attribution"):
+        assert report[field] == small_run.report[field]
     assert report["certified_runtimes"] == ["emulator"]
     assert (tmp_path / "report.html").stat().st_size > 1000
 

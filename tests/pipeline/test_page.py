@@ -106,6 +106,11 @@ def full_report() -> dict[str, Any]:
             }
             for name, share in zip(layers, (0.0, 0.0021, 0.0057, 0.004), strict=True)
         ],
+        "attribution": [
+            {"rounded": name, "disagreement": {"conv1": share / 2, "conv2": share}, "logit_error": 3 * share,
+             "argmax_flips": flips, "samples": 1256}
+            for name, share, flips in (("nothing", 0.0, 0), ("weights", 0.0123, 7), ("everything", 0.0145, 9))
+        ],
         "gradient_health": {
             "alarms": [],
             "checks": [
@@ -183,8 +188,8 @@ def minimal_report() -> dict[str, Any]:
     """Only what DESIGN demands, everything else absent."""
     report = full_report()
     optional = (
-        "created", "summary", "data", "missing_runtimes", "baseline", "quantization", "proofs", "gradient_health",
-        "placement", "energy", "timings", "versions", "reproduce",
+        "created", "summary", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
+        "gradient_health", "placement", "energy", "timings", "versions", "reproduce",
     )  # fmt: skip
     for name in optional:
         del report[name]
@@ -277,6 +282,18 @@ def test_numbers_appear_with_intervals_and_counts() -> None:
         assert expected in text
 
 
+def test_each_kind_of_rounding_is_a_row_under_a_sentence_that_tells_how_to_read_it() -> None:
+    html = render_report(full_report(), [])
+    section = html.split('<section id="rounding"')[1].split("</section>")[0]
+    text = Page(f"<section{section}</section>").text
+    assert wording.ATTRIBUTION_NOTE in text
+    assert "nothing 0.00 % 0 0 of 1,256" in text
+    assert "weights 1.23 % (conv2) 0.0369 7 of 1,256" in text
+    assert "everything 1.45 % (conv2) 0.0435 9 of 1,256" in text
+    assert text.index("nothing 0.00") < text.index("weights 1.23") < text.index("everything 1.45")
+    assert '<a href="#rounding">' in html
+
+
 def test_energies_are_shown_to_three_digits_with_their_sources_as_estimates() -> None:
     text = Page(render_report(full_report(), [])).text
     assert "a chip 1,230 to 2,350,000 a paper & table 2 another 0.988 another paper" in text
@@ -304,9 +321,10 @@ def test_absent_sections_are_left_out() -> None:
     page = Page(render_report(minimal_report(), []))
     ids = set(page.attributes("id"))
     assert {"arms", "certification", "layers", "meaning"} <= ids
-    assert not {"baseline", "gallery", "health", "integers", "placement"} & ids
+    assert not {"baseline", "gallery", "health", "integers", "placement", "rounding"} & ids
     nothing = full_report() | {"baseline": None, "placement": None, "energy": None, "gradient_health": None}
-    assert not {"baseline", "health", "placement"} & set(Page(render_report(nothing, [])).attributes("id"))
+    nothing["attribution"] = []
+    assert not {"baseline", "health", "placement", "rounding"} & set(Page(render_report(nothing, [])).attributes("id"))
 
 
 def strings_replaced(value: Any, keep: frozenset[str]) -> Any:
@@ -321,6 +339,7 @@ def strings_replaced(value: Any, keep: frozenset[str]) -> Any:
 def test_every_word_of_a_report_is_escaped() -> None:
     hostile = strings_replaced(report_without_lava(), frozenset({"schema", "verdict"}))
     hostile["timings"] = {NASTY: 1.0}
+    hostile["attribution"][0]["disagreement"] = {NASTY: 0.5}
     item = replace(gallery()[0], attack=NASTY)
     html = render_report(hostile, [item])
     page = Page(html)

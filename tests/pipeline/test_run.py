@@ -23,6 +23,7 @@ from hardware.files import read_json
 from hardware.formats.bundle import open_bundle
 from pipeline import run as run_module
 from pipeline.config import Config, validate_config
+from pipeline.fidelity.attribution import attribution_rows
 from pipeline.models.float_file import load_float
 from pipeline.quantization_aware import FINETUNED
 from pipeline.run import Run, without_lava
@@ -448,4 +449,5 @@ def test_integers_may_learn_on_their_grid(finished: Path, data: Path, done: Done
     assert len((run.result("quantize") / "history.csv").read_text().splitlines()) == 3
     rows = read_json(run.result("quantize") / "attribution.json")
     assert rows[-1]["rounded"] == FINETUNED
+    assert attribution_rows(open_bundle(run.result("export"))) == rows
     assert again(done, run) == []
