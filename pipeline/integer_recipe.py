@@ -76,7 +76,7 @@ def round_population(
     cancel, and the bias takes back their mean.
 
     A leak is rounded to 12 bits, and at each step the membrane towards zero, to a 64th of a weight unit. The first
-    is a relative error of the membrane of at most T / 8192, whatever the scale; the second is at most
+    changes a membrane by at most T / 8192 of all that entered it, whatever the scale; the second by at most
     1 / (64 (1 - beta)) units (and T / 64), which a fine scale makes small. So the scale of a leaky population is as
     free as that of any other.
     """

@@ -24,7 +24,7 @@ from pipeline.integer_recipe import lies_on_the_grid
 from pipeline.mapping import STATE_LIMIT, map_wide
 from pipeline.models.graph import Layer, LayerGraph
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.number_formats import WIDE, WIDE_BITS
+from pipeline.number_formats import WIDE_BITS
 from pipeline.objectives import natural, robust_finetuning
 from pipeline.training import Schedule, fit, images_of
 from pipeline.unrounded import current
@@ -66,7 +66,9 @@ def compare(network: SpikingNetwork, wide: IntegerNetwork, codes: Codes) -> Comp
     trace = run_reference(wide, codes, state_limit=STATE_LIMIT)
     activity = {INPUT: torch.from_numpy(codes).double()[None], **spikes}
     agrees = {INPUT: torch.ones(wide.steps, len(codes), dtype=torch.bool)}
-    rates, flips, unexplained = {}, {}, []
+    rates: dict[str, float] = {}
+    flips: dict[str, int] = {}
+    unexplained: list[str] = []
     for real in fold(network):
         error = _error_per_step(real, wide, activity).expand(wide.steps, len(codes), *real.shape)
         scale = wide.by_name[real.name].scale
@@ -341,7 +343,7 @@ def test_membranes_stay_far_from_where_they_would_saturate(name: str, loud: floa
 
 
 def test_a_state_of_that_size_survives_a_leak_in_int64() -> None:
-    assert STATE_LIMIT * 4096 <= np.iinfo(np.int64).max
+    assert np.iinfo(np.int64).max >= STATE_LIMIT * 4096
 
 
 def test_several_populations_that_read_pixels_share_their_constant_channel() -> None:
@@ -417,9 +419,3 @@ def test_mapping_changes_nothing_in_the_float_network_and_is_repeatable() -> Non
     assert first.steps == network.steps
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert all(module.training for module in network.modules())
-
-
-def test_the_wide_format_lets_no_integer_leave_32_bits() -> None:
-    _, largest = WIDE.mantissas
-    assert {largest << allowed[-1] for allowed in WIDE.exponents.values()} == {(2**23 - 1) << 7}
-    assert (largest + 1) << 7 <= 2**31 - 1
