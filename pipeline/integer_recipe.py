@@ -22,6 +22,8 @@ from pipeline.number_formats import NumberFormat
 from pipeline.rounding import InputStatistics, round_compensated
 
 Float64Array = NDArray[np.float64]
+MAX_WHOLE = 2**53
+"""Largest magnitude of a bias here: float64 counts no further, int64 does, and no target nor state comes near."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class RoundedPopulation:
 def round_population(
     real: RealPopulation, grid: Grid, input_shape: Shape, statistics: InputStatistics | None = None
 ) -> RoundedPopulation:
-    """Round a population to a grid; weights beyond the range are clipped.
+    """Round a population to a grid; weights beyond the range are clipped, biases at ``MAX_WHOLE``.
 
     With statistics of the inputs (of the synapses in :func:`rounding_order`) the errors of the weights are made to
     cancel, and the bias takes back their mean.
 
     A leak is rounded to 12 bits, and at each step the membrane towards zero, to a 64th of a weight unit. The first
-    is a relative error of the membrane of at most T / 8192, whatever the scale; the second is at most
+    changes a membrane by at most T / 8192 of all that entered it, whatever the scale; the second by at most
     1 / (64 (1 - beta)) units (and T / 64), which a fine scale makes small. So the scale of a leaky population is as
     free as that of any other.
     """
@@ -104,7 +106,7 @@ def round_population(
                 synapse.padding,
             )
         )  # fmt: skip
-    whole = np.rint(bias)
+    whole = np.clip(np.rint(bias), -MAX_WHOLE, MAX_WHOLE)
     per_neuron = whole.reshape(-1, *([1] * (len(real.shape) - 1)))
     population = Population(
         real.name,

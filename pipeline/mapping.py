@@ -38,8 +38,8 @@ def map_wide(network: SpikingNetwork, provenance: Mapping[str, Any] | None = Non
         provenance: plain facts to keep with the network.
 
     Raises:
-        RuleViolations: if weights are not finite, or biases or thresholds so much larger than weights that no
-            integers hold both.
+        RuleViolations: if weights are not finite, or biases, thresholds or means of the normalisation so much
+            larger than weights that no integers hold both.
     """
     populations, shape = fold(network), network.graph.input_shape
     require_finite(populations)
@@ -64,9 +64,12 @@ def _round_finely(real: RealPopulation, input_shape: Shape, steps: int) -> Round
             return rounded
         scale /= 2
         if scale < SMALLEST_SCALE * ceiling:
-            actual, limit = f"{reached:.1e} state units", f"{STATE_LIMIT:.1e}"
-            remedy = "look for a weight, bias or threshold out of all proportion"
-            raise RuleViolations("integer network", [Violation(real.name, "int64 holds it", actual, limit, remedy)])
+            rule, actual, limit = "int64 holds it", f"{reached:.1e} state units", f"{STATE_LIMIT:.1e}"
+            if rounded.constant is not None and not fits:
+                rule, limit = "a constant input channel holds its constant part", f"{MAX_CODE}"
+                actual = f"code {max(rounded.constant.smallest_codes)}"
+            remedy = "look for a weight, bias, threshold or mean of the normalisation out of all proportion"
+            raise RuleViolations("integer network", [Violation(real.name, rule, actual, limit, remedy)])
 
 
 def _largest_membrane(rounded: RoundedPopulation, steps: int) -> float:
