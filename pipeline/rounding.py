@@ -176,8 +176,8 @@ def round_compensated(
     Returns:
         The rounded weights, and per output the mean error of its sums, which the bias is to take back.
     """
-    # The transpose, where the weights of an input lie together.
-    remaining = np.ascontiguousarray(weight.T)
+    # A copy, transposed: the weights of an input lie together.
+    remaining = np.array(weight.T, order="C")
     first = 0
     for factor in statistics.factors:
         block = slice(first, first + len(factor))
