@@ -8,17 +8,18 @@ at all. A channel that holds a code everywhere can.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.network import InputSpec
+from hardware.network import INPUT, InputSpec
 from pipeline.folding import RealSynapse
 from pipeline.models.graph import Shape
 from pipeline.number_formats import NumberFormat
+from pipeline.rounding import InputStatistics, input_statistics, round_compensated
 
 Float64Array = NDArray[np.float64]
 MAX_CODE = 255
@@ -33,8 +34,8 @@ class ConstantChannels:
         codes: that the channels hold; none if no channel is needed.
         smallest_codes: with which the kernels would still fit the weights' bits.
         bias: ``(out,)`` that is left.
-        error: by rounding the kernels, per tap, ``(out, kernel, kernel)`` or ``(out, positions)``; the bias makes up
-            for the tap over the pixel itself.
+        error: by rounding the kernels, per tap, ``(out, kernel, kernel)`` or ``(out, positions)``; what the bias makes
+            up for is taken from the tap over the pixel itself.
     """
 
     kernel: Float64Array
@@ -59,12 +60,16 @@ def split_constant(
     bias: Float64Array,
     input_shape: Shape,
     codes: tuple[int, ...] | None = None,
+    compensated: bool = False,
 ) -> ConstantChannels:
     """The constant part of a synapse that reads pixels as constant input channels, and what is left for the bias.
 
-    Each channel carries what those before it leave, to the nearest multiple of its code and of the step. Where one tap
-    meets every output position (the tap over the pixel itself), it carries the bias too, if a chip's bias has too few
-    bits for it.
+    Each channel carries what those before it leave, to a multiple of its code and of the step. Where one tap meets
+    every output position (the tap over the pixel itself), it carries the bias too, if a chip's bias has too few bits
+    for it, and the bias takes its error back.
+
+    Compensated, the errors of the other taps do not simply add up where all of them lie inside the image: taps are
+    rounded so that the offset they make varies little from position to position, and the bias takes back its mean.
 
     Args:
         synapse: that reads pixels, in real units.
@@ -74,6 +79,8 @@ def split_constant(
         bias: ``(out,)`` of the population, in weight units.
         input_shape: of one image.
         codes: of the network's channels; None to take the smallest that suit.
+        compensated: whether taps make up for each other's errors, if there is such a tap; else each is rounded to
+            the nearest.
     """
     left = _constant_part(synapse, scale, len(bias), input_shape)
     max_bias = numbers.max_bias
@@ -82,6 +89,8 @@ def split_constant(
     if anchor is not None and is_needed and max_bias is not None:
         left[anchor] += bias
         bias = np.zeros_like(bias)
+    is_joint = compensated and is_needed and anchor is not None and synapse.kind == "conv"
+    presence = _presence(synapse, input_shape) if is_joint else None
     kernels, used, smallest_codes = [], [], []
     count = len(codes) if codes is not None else numbers.constant_channels if is_needed else 0
     for index in range(count):
@@ -89,7 +98,7 @@ def split_constant(
             break
         smallest = max(1, int(np.ceil(np.abs(left).max() / (numbers.mantissas[1] * step)))) if is_needed else 0
         code = smallest if codes is None else codes[index]
-        kernel = np.rint(left / (code * step)) * step
+        kernel = _round(left, code * step, numbers, presence) / code
         left = left - kernel * code
         kernels.append(kernel[:, None] if synapse.kind == "conv" else kernel)
         used.append(code)
@@ -97,8 +106,9 @@ def split_constant(
     if is_needed and not used:
         smallest_codes.append(1)
     if anchor is not None:
-        bias = bias + left[anchor]
-        left = _off_anchor(left, anchor)
+        taken_back = left[anchor] if presence is None else left.reshape(len(bias), -1) @ presence.mean
+        bias = bias + taken_back
+        left[anchor] -= taken_back
     shape = (len(bias), 0, *synapse.weight.shape[2:])
     kernel = np.concatenate(kernels, axis=1) if kernels else np.zeros(shape)
     return ConstantChannels(kernel, tuple(used), tuple(smallest_codes), bias, -left)
@@ -120,6 +130,21 @@ def _constant_part(synapse: RealSynapse, scale: float, outputs: int, input_shape
         return synapse.constant * scale
     taps = (int(np.prod(input_shape[1:])),) if synapse.kind == "dense" else synapse.weight.shape[2:]
     return np.zeros((outputs, *taps))
+
+
+def _presence(synapse: RealSynapse, input_shape: Shape) -> InputStatistics:
+    """Of the taps of a conv over its output positions: 1 inside the image, 0 over the border."""
+    reader = replace(synapse, weight=synapse.weight[:, :1], constant=None)
+    return input_statistics([reader], {INPUT: np.ones((1, 1, *input_shape[1:]))})
+
+
+def _round(values: Float64Array, unit: int, numbers: NumberFormat, presence: InputStatistics | None) -> Float64Array:
+    """Values per tap to multiples of a unit, each to the nearest, or all so that their errors cancel."""
+    if presence is None:
+        return np.rint(values / unit) * unit
+    flat = values.reshape(len(values), -1)
+    rounded, _ = round_compensated(flat, presence, *numbers.mantissas, np.full(flat.shape[1], float(unit)))
+    return rounded.reshape(values.shape)
 
 
 def _anchor(synapse: RealSynapse) -> tuple[Any, ...] | None:

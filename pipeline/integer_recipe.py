@@ -72,8 +72,8 @@ def round_population(
 ) -> RoundedPopulation:
     """Round a population to a grid; weights beyond the range are clipped, biases at ``MAX_WHOLE``.
 
-    With statistics of the inputs (of the synapses in :func:`rounding_order`) the errors of the weights are made to
-    cancel, and the bias takes back their mean.
+    With statistics of the inputs (of the synapses in :func:`rounding_order`) the errors of the weights, and those of
+    the constant channels, are made to cancel, and the bias takes back their mean.
 
     A leak is rounded to 12 bits, and at each step the membrane towards zero, to a 64th of a weight unit. The first
     changes a membrane by at most T / 8192 of all that entered it, whatever the scale; the second by at most
@@ -96,7 +96,10 @@ def round_population(
     for i, (synapse, exponent) in enumerate(zip(real.synapses, grid.exponents, strict=True)):
         weight = parts[i].reshape(synapse.weight.shape)
         if synapse.source == INPUT:
-            constant = split_constant(synapse, scale, 2**exponent, grid.format, bias, input_shape, grid.constant_codes)
+            constant = split_constant(
+                synapse, scale, 2**exponent, grid.format, bias, input_shape, grid.constant_codes,
+                compensated=statistics is not None,
+            )  # fmt: skip
             bias = constant.bias
             weight = np.concatenate([weight, constant.kernel], axis=1)
         integers = weight.astype(np.int32)
