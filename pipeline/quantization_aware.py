@@ -159,7 +159,8 @@ class RoundedNetwork(nn.Module):
             assert isinstance(population, _RoundedPopulation)
             current = population.current(activity, constant.expand(1, -1, *spec.shape[1:]))
             if not population.start.spiking:
-                return current.mean(0).flatten(1)
+                # Divided last, so that equal integers are equal logits.
+                return current.mean(0).flatten(1) / population.start.scale
             activity[name] = population.fire(current, self.steps, surrogate)
         raise AssertionError("the last population is the readout")
 
@@ -218,7 +219,7 @@ class _RoundedPopulation(nn.Module):
         return _rounded(self.weights[index] * (self.units[index] / step)) * step
 
     def current(self, activity: Mapping[str, Tensor], constant: Tensor) -> Tensor:
-        """What enters at each step in real units, ``(steps or 1, samples, *shape)``.
+        """What enters at each step in weight units, ``(steps or 1, samples, *shape)``.
 
         Args:
             activity: by source, codes or spikes of that form.
@@ -234,14 +235,14 @@ class _RoundedPopulation(nn.Module):
                 weight = image
             entering = _propagate(synapse, weight, source.flatten(0, 1))
             total = total + entering.reshape(*source.shape[:2], *entering.shape[1:])
-        return total / self.start.scale
+        return total
 
     def fire(self, current: Tensor, steps: int, rule: SpikeRule) -> Tensor:
-        """Spikes ``(steps, samples, *shape)``."""
+        """Spikes ``(steps, samples, *shape)``; surrogates are of membranes in real units."""
         # Half a unit below the first integer that spikes, where the twin's neurons have their threshold as well.
         integer = _rounded(self.threshold * self.start.scale).clamp(min=1)
         level = integer - 0.5 if self.on_the_grid else integer
-        return fire(current, level / self.start.scale, self.beta, self.subtract, steps, rule)
+        return fire(current / self.start.scale, level / self.start.scale, self.beta, self.subtract, steps, rule)
 
     def keep_to_limits(self, steps: int, network: IntegerNetwork) -> None:
         """Clamp all parameters; shrink the weights of outputs whose sums come near the limit."""

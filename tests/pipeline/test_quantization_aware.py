@@ -201,6 +201,19 @@ def test_it_mends_what_two_bits_break() -> None:
     assert [choice.scale for choice in after.choices] == [choice.scale for choice in before.choices]
 
 
+@pytest.mark.parametrize(("name", "bits"), [("wide kernel", 3), ("dense", 2), ("residual", 3)])
+def test_classes_are_ranked_as_by_the_integers_ties_included(name: str, bits: int) -> None:
+    """With so few bits sums often tie, and the first class wins; a rounding of floats must not choose another."""
+    network, deployed = quantized(name, bits)
+    images = random_images(deployed.input.shape, 400, 5)
+    sums = torch.from_numpy(run_emulator(deployed, images).readouts)
+    with torch.no_grad():
+        logits = RoundedNetwork(fold(network), deployed)(to_images(images))
+    ranks, expected = (torch.sign(one[:, :, None] - one[:, None]).int() for one in (logits, sums))
+    assert torch.equal(ranks, expected)
+    assert (expected == 0).sum() > sums.numel()
+
+
 def test_it_changes_nothing_it_was_given_and_is_repeatable() -> None:
     network, before = trained(4)
     state = copy.deepcopy(network.state_dict())
