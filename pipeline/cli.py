@@ -349,9 +349,9 @@ def _bundle_folder(source: Path) -> Path:
 
 
 def _use_threads(threads: int) -> None:
-    import torch
+    from pipeline.compute import use_cpu
 
-    torch.set_num_threads(threads)
+    use_cpu(threads)
 
 
 def _config(source: str, overrides: Iterable[str] | None) -> Config:

@@ -24,6 +24,7 @@ from snntorch import surrogate
 from torch import Tensor, nn
 
 from hardware.surrogates import RATE, AdaptiveSurrogate, Surrogate
+from pipeline.compute import use_cpu
 from pipeline.models.folded import FoldedNetwork
 from pipeline.models.graph import Layer, LayerGraph, Options
 from pipeline.models.spiking import SpikingNetwork
@@ -187,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
     repetitions = parser.parse_args().repetitions
-    torch.set_num_threads(1)
+    use_cpu(1)
     torch.manual_seed(0)
     spiking = network()
     folded = FoldedNetwork(spiking)

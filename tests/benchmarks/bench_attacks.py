@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from hardware.surrogates import TRIANGLE
 from pipeline.attacks.backward import Adaptive
 from pipeline.attacks.ensemble import MIXED, PRESETS, WARM, AnyMember, Member, run_ensemble
 from pipeline.attacks.targets import FloatTarget, budget_of
+from pipeline.compute import use_cpu
 from pipeline.config import load_config
 from pipeline.models.float_file import load_float
 from pipeline.run import Run
@@ -41,7 +41,7 @@ ROWS: Sequence[tuple[str, tuple[AnyMember, ...]]] = (
 
 def main() -> None:
     """Train where needed, attack, and print a table per seed."""
-    torch.set_num_threads(1)
+    use_cpu(1)
     console = Console(width=110)
     for seed in SEEDS:
         overrides = (f"seed={seed}", "fidelity.baseline=false")

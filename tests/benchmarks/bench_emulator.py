@@ -26,6 +26,7 @@ from hardware.emulator import Emulator, run_emulator
 from hardware.network import IntegerNetwork
 from hardware.runtimes.lava import LavaRuntime
 from hardware.targets.rules import count_activity
+from pipeline.compute import use_cpu
 from tests.benchmarks.bench_attack_step import peak_flops, take_turns
 from tests.benchmarks.emulator_networks import (
     CALIBRATION,
@@ -203,7 +204,7 @@ def main() -> None:
     parser.add_argument("--lava-samples", type=int, default=16)
     parser.add_argument("--plot", type=Path, default=Path("runs/bench/emulator_scaling.png"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    use_cpu(1)
     network, images = random_network(), random_images(max(ALL_BATCHES))
     activity = count_activity(network, run_emulator(network, images[:CALIBRATION], "spikes"))
     rates = {p.name: activity.spikes[p.name] / (p.size * network.steps) for p in network.populations[:-1]}

@@ -12,11 +12,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.attacks.targets import Codes
+from pipeline.compute import use_cpu
 from pipeline.config import Config, load_config
 from pipeline.fidelity.crafting import Images
 from pipeline.models.float_file import load_float
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, *FINETUNED_BITS])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_cpu(options.threads)
     preset, folder_of_data = options.preset, (f"data.dir={options.data_dir}",) if options.data_dir else ()
     trained = load_config(preset, ("seed=0", "fidelity.baseline=false", *folder_of_data))
     learning = (f"quantization.epochs={EPOCHS[preset]}", "fidelity.attacks=adaptive")

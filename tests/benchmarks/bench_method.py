@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +45,7 @@ from pipeline.attacks.targets import (
     budget_of,
     to_images,
 )
+from pipeline.compute import use_cpu
 from pipeline.config import load_config
 from pipeline.conversion import convert
 from pipeline.finetuning import finetune
@@ -212,7 +212,7 @@ class Task:
 
     def __call__(self) -> dict[str, Any]:
         """Share of images that withstand each attack; ``strong`` counts what the columns before it found, too."""
-        torch.set_num_threads(1)
+        use_cpu(1)
         target = self.trained.target()
         store = self.trained.folder / f"attacked-{self._key()}.json"
         found: dict[str, Any] = read_json(store) if store.is_file() else {}
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch while networks are trained")
     parser.add_argument("--train-only", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_cpu(options.threads)
     folder_of_data = (f"data.dir={options.data_dir}",) if options.data_dir else ()
     tasks: list[Task] = []
     for seed in range(options.seeds):

@@ -31,6 +31,7 @@ from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import check, placement
 from hardware.trace import compare_traces
 from pipeline.attacks.targets import to_images
+from pipeline.compute import use_cpu
 from pipeline.conversion import calibrate, convert, later_in_block
 from pipeline.models.spiking import RateNetwork, SpikingNetwork, rebuild
 from pipeline.models.tracing import trace_network
@@ -98,7 +99,7 @@ def show_placement(network: IntegerNetwork) -> None:
 
 def measure(name: str, width: float, options: argparse.Namespace) -> None:
     """All stages of one network."""
-    torch.set_num_threads(1)
+    use_cpu(1)
     torch.manual_seed(0)
     print(f"\n{name}, width {width:g}, {options.batches} x {options.batch} images, {options.images} to calibrate on:")
     began = time.perf_counter()

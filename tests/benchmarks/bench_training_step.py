@@ -20,6 +20,7 @@ from snntorch import surrogate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.compute import use_cpu
 from pipeline.conversion import calibrate, convert
 from pipeline.models.spiking import RateNetwork, SpikingNetwork, rebuild
 from pipeline.models.tracing import trace_network
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_cpu(options.threads)
     measure("cnn-28", (1, 28, 28), 1.0, 64, options.repetitions)
     measure("vgg11", (3, 32, 32), 0.25, 16, options.repetitions)
 

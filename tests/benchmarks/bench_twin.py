@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from hardware.network import DECAY_UNITY, IntegerNetwork
 from hardware.surrogates import RATE, AdaptiveSurrogate, Surrogate
 from hardware.twin import Rules, Twin
+from pipeline.compute import use_cpu
 from pipeline.models.folded import FoldedNetwork
 from pipeline.quantization import quantize
 from tests.benchmarks.bench_attack_step import BATCH, CLASSES, Timings, attack_step, infer, network, take_turns
@@ -101,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
     repetitions = parser.parse_args().repetitions
-    torch.set_num_threads(1)
+    use_cpu(1)
     torch.manual_seed(0)
     spiking = network()
     rng = np.random.default_rng(0)

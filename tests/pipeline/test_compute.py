@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +58,22 @@ def test_determinism_is_asked_for_and_taken_back_even_after_an_error() -> None:
     with pytest.raises(ValueError, match="inside"):
         work()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone has it")
+def test_freed_memory_is_kept_for_what_comes_next() -> None:
+    """In a process of its own, for it cannot be undone."""
+    pages = """
+import resource, torch
+from pipeline.compute import use_cpu
+use_cpu(1)
+def faults():
+    torch.zeros(2**25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+print(-faults() + faults(), torch.get_num_threads())
+"""
+    told = subprocess.run([sys.executable, "-c", pages], capture_output=True, text=True, check=True)
+    again, threads = map(int, told.stdout.split())
+    assert again < 100  # of the 32,768 pages of 128 MiB
+    assert threads == 1
