@@ -37,6 +37,7 @@ out = Console()
 errors = Console(stderr=True)
 ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
 UNBROKEN = 15  # columns no wider than this keep their words whole on a narrow terminal
+CONFORMANCE_WIDTH = 140
 MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
@@ -254,7 +255,9 @@ def conformance(
         for row in conformance_rows(bundle, samples, processes):
             rows.append(row)
             advance(f"{row.reader}: {row.outcome}")
-    out.print(_table(*conformance_table(rows)))
+    # On a narrower terminal lines wrap, but no cell is lost.
+    wide = Console(file=out.file, width=max(out.width, CONFORMANCE_WIDTH))
+    wide.print(_table(*conformance_table(rows)))
     outcomes = {row.outcome for row in rows}
     if Outcome.DIFFERS in outcomes:
         errors.print("[red]FAIL[/red] a reader computes something else than the reference")
