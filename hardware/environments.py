@@ -2,7 +2,7 @@
 
 Runs before anything is installed, so it needs the standard library only (``make setup`` calls it)::
 
-    python -I hardware/environments.py main lava [--extras train,test]
+    python -I hardware/environments.py main lava [--extras train,conformance,test]
 
 A finished environment carries a stamp with the hash of what it was made from; with the same hash, setting up
 again does nothing. One that a kill left unfinished, or that was copied to another folder, is made anew.
@@ -66,6 +66,9 @@ LAVA_PINS = (
 # lava-dl pins a torch of 5.6 GB that reading a network does not need; what it does need is listed above.
 LAVA_DL_PIN = "lava-dl==0.6.0"
 
+# By extra: packages that name a torchvision, whose wheel is a CUDA build, and more that they do not import here.
+WITHOUT_DEPENDENCIES = {"conformance": ("norse", "spikingjelly"), "test": ("torchattacks",)}
+
 STAMP = ".spikeguard-stamp"
 UNFINISHED = "unfinished"
 PROBE = "import ensurepip, venv, sys; print(*sys.version_info[:2])"
@@ -127,8 +130,7 @@ def main_environment(root: Path, extras: str, torch_build: str) -> Environment:
     """The environment of the project itself, editable, every version pinned by ``constraints.txt``."""
     constraints = root / "constraints.txt"
     pinned = ("--constraint", str(constraints))
-    # It names a torchvision, whose wheel is a CUDA build, and an old requests, but imports neither.
-    oracle = Step("torchattacks", ((*pinned, "--no-deps", "torchattacks"),))
+    bare = {extra: names for extra, names in WITHOUT_DEPENDENCIES.items() if extra in extras.split(",")}
     return Environment(
         name="main",
         folder=root / ".venv",
@@ -136,7 +138,7 @@ def main_environment(root: Path, extras: str, torch_build: str) -> Environment:
         steps=(
             torch_step(pinned_version("torch", constraints.read_text()), torch_build, sys.platform, pinned),
             Step("spikeguard and its libraries", ((*pinned, "--editable", f"{root}[{extras}]"),)),
-            *((oracle,) if "test" in extras.split(",") else ()),
+            *(Step(", ".join(names), ((*pinned, "--no-deps", *names),)) for names in bare.values()),
         ),
         imports=("torch", "snntorch", "onnxruntime", "h5py", "numba", "sklearn"),
         sources=(root / "pyproject.toml", constraints),
@@ -474,7 +476,9 @@ def main(arguments: Sequence[str], settings: Mapping[str, str]) -> int:
     """Set up the named environments, those after the first at the same time in processes of their own."""
     parser = argparse.ArgumentParser(description="Makes the environments that spikeguard runs in.")
     parser.add_argument("names", nargs="+", choices=("main", "lava"), metavar="main|lava")
-    parser.add_argument("--extras", default="train,test", help="the extras of pyproject.toml that main gets")
+    parser.add_argument(
+        "--extras", default="train,conformance,test", help="the extras of pyproject.toml that main gets"
+    )
     options = parser.parse_args(arguments)
     build = chosen_torch_build(settings.get("SPIKEGUARD_TORCH") or "auto", has_gpu())
     known = {"main": main_environment(ROOT, options.extras, build), "lava": lava_environment(ROOT)}

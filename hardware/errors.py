@@ -10,6 +10,10 @@ class SpikeguardError(Exception):
     """Something the user can mend; its message is one clear sentence with the remedy."""
 
 
+class Missing(SpikeguardError):
+    """Software or a file that some part needs is not there; the message says how to get it."""
+
+
 @dataclass(frozen=True)
 class Violation:
     """One broken rule: the object that breaks it, what it has, what is allowed, the way out."""

@@ -1,4 +1,4 @@
-"""What ``spikeguard info``, ``verify`` and ``fidelity`` show, as plain tables. Needs no torch."""
+"""What ``spikeguard info``, ``verify``, ``conformance`` and ``fidelity`` show, as plain tables. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pipeline.fidelity.wording import number, worst_share
 from pipeline.target_tables import TextTable
 
 if TYPE_CHECKING:
+    from exporters.conformance.rows import ConformanceRow
     from hardware.bounds import BoundRow
     from hardware.formats.verify import VerifyRow
     from hardware.network import IntegerNetwork
@@ -45,6 +46,29 @@ def mismatch_table(verified: Sequence[VerifyRow]) -> TextTable:
     ]
     columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s")
     return TextTable("mismatches with the golden traces", columns, rows)
+
+
+def conformance_table(read: Sequence[ConformanceRow]) -> TextTable:
+    """How far each file in each independent reader is from the reference, or why there is nothing to count."""
+    rows = [
+        (
+            row.file,
+            row.reader,
+            row.version or "",
+            f"{row.samples} x {row.processes}",
+            *map(_count, (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts)),
+            f"{row.seconds:.1f}",
+            f"{row.outcome}: {row.reason}" if row.reason else f"{row.outcome}{_clipping(row)}",
+        )
+        for row in read
+    ]
+    columns = ("file", "reader", "version", "samples", "spikes", "membranes", "readouts", "s", "outcome")
+    return TextTable("mismatches with the integer reference, samples x fresh processes", columns, rows)
+
+
+def _clipping(row: ConformanceRow) -> str:
+    clipped = row.clipped_membranes
+    return f", not clipping {clipped:,} membranes at 24 bits" if clipped else ""
 
 
 def arm_table(title: str, arms: Sequence[Mapping[str, Any]]) -> TextTable:

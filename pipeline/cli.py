@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
-from pipeline.bundle_tables import arm_table, attribution_table, mismatch_table, population_table
+from pipeline.bundle_tables import arm_table, attribution_table, conformance_table, mismatch_table, population_table
 from pipeline.fidelity.wording import ATTRIBUTION_NOTE
 from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
@@ -37,6 +37,7 @@ out = Console()
 errors = Console(stderr=True)
 ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
 UNBROKEN = 15  # columns no wider than this keep their words whole on a narrow terminal
+CONFORMANCE_WIDTH = 140
 MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
@@ -230,6 +231,43 @@ def verify(path: BundlePath) -> None:
         errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
         raise typer.Exit(FAIL)
     out.print("[green]OK[/green] every file leaves the golden traces")
+
+
+@app.command()
+def conformance(
+    path: BundlePath,
+    samples: Annotated[int | None, typer.Option(min=1, help="first golden inputs; default: all")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="fresh ones for each reader of NIR")] = 5,
+) -> None:
+    """Run every file in every independent reader: exit code 0 all alike, 3 a value differs, 1 one failed."""
+    try:
+        from exporters.conformance.rows import READERS, Outcome, conformance_rows
+    except ModuleNotFoundError as error:
+        raise SpikeguardError(f"this needs {error.name}; install spikeguard with its extra 'conformance'") from error
+    from hardware.formats.bundle import open_bundle
+    from pipeline.progress import track
+
+    bundle = open_bundle(path)
+    if samples is not None and samples > len(bundle.golden.codes):
+        _usage(f"--samples {samples} is more than the {len(bundle.golden.codes)} golden inputs of the bundle")
+    rows = []
+    with track("conformance", len(READERS)) as advance:
+        for row in conformance_rows(bundle, samples, processes):
+            rows.append(row)
+            advance(f"{row.reader}: {row.outcome}")
+    # On a narrower terminal lines wrap, but no cell is lost.
+    wide = Console(file=out.file, width=max(out.width, CONFORMANCE_WIDTH))
+    wide.print(_table(*conformance_table(rows)))
+    outcomes = {row.outcome for row in rows}
+    if Outcome.DIFFERS in outcomes:
+        errors.print("[red]FAIL[/red] a reader computes something else than the reference")
+        raise typer.Exit(FAIL)
+    if Outcome.FAILED in outcomes:
+        raise SpikeguardError("a reader failed, so nothing is shown of it; its row says why")
+    if Outcome.EQUAL not in outcomes:
+        raise SpikeguardError("nothing could be compared; the rows say why")
+    equal = sum(row.outcome is Outcome.EQUAL for row in rows)
+    out.print(f"[green]OK[/green] all of {equal} readings equal the reference, {len(rows) - equal} could not be made")
 
 
 @app.command()

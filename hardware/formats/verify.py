@@ -87,7 +87,7 @@ def _nir(file: str) -> Run:
         from hardware.formats.nir_file import read_nir
         from hardware.reference import run_reference
 
-        return run_reference(read_nir(bundle.file(file)), golden.codes), metadata.version("nir")
+        return run_reference(read_nir(bundle.file(file)), golden.codes), f"nir {metadata.version('nir')}"
 
     return run
 

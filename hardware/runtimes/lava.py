@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import hardware
-from hardware.errors import SpikeguardError
+from hardware.errors import Missing, SpikeguardError
 from hardware.files import read_arrays, write_arrays, write_json
 from hardware.formats.hdf5_guard import require_plain_hdf5
 from hardware.network import IntArray, IntegerNetwork
@@ -58,12 +58,12 @@ def locate_lava_python() -> Path:
     """The interpreter of the Lava environment.
 
     Raises:
-        SpikeguardError: if there is none.
+        Missing: if there is none.
     """
     named = os.environ.get(PYTHON_VARIABLE)
     path = Path(named) if named else Path(hardware.__file__).parent.parent / ".venv-lava" / "bin" / "python"
     if not path.is_file():
-        raise SpikeguardError(f"there is no Lava environment at {path}; {SETUP_REMEDY}")
+        raise Missing(f"there is no Lava environment at {path}; {SETUP_REMEDY}")
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.errors import RuleViolations, SpikeguardError, Violation
+from hardware.errors import Missing, RuleViolations, SpikeguardError, Violation
 from hardware.files import MIB, read_bytes
 from hardware.network import IntArray
 from hardware.trace import PopulationTrace, Record, Trace, concatenate
@@ -175,7 +175,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise SpikeguardError("onnxruntime is not installed; install spikeguard[verify]") from error
+        raise Missing("onnxruntime is not installed; install spikeguard[verify]") from error
     return onnxruntime
 
 

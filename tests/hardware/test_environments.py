@@ -191,14 +191,18 @@ class TestStamp:
         assert not environments.is_finished(moved)
         assert not environments.is_sound(moved)
 
-    def test_torchattacks_comes_with_the_tests_and_without_its_dependencies(self) -> None:
-        testing, training = (
-            environments.main_environment(environments.ROOT, e, "cpu") for e in ("train,test", "train")
+    @pytest.mark.parametrize(("extra", "names"), environments.WITHOUT_DEPENDENCIES.items())
+    def test_some_packages_come_with_their_extra_and_without_their_dependencies(
+        self, extra: str, names: tuple[str, ...]
+    ) -> None:
+        more, training = (
+            environments.main_environment(environments.ROOT, e, "cpu") for e in (f"train,{extra}", "train")
         )
-        *others, oracle = testing.steps
+        *others, bare = more.steps
         assert [step.title for step in others] == [step.title for step in training.steps]
-        assert all(attempt[-2:] == ("--no-deps", "torchattacks") for attempt in oracle.attempts)
-        assert environments.pinned_version("torchattacks", (environments.ROOT / "constraints.txt").read_text())
+        assert all(attempt[-1 - len(names) :] == ("--no-deps", *names) for attempt in bare.attempts)
+        constraints = (environments.ROOT / "constraints.txt").read_text()
+        assert all(environments.pinned_version(name, constraints) for name in names)
 
     def test_lava_does_not_depend_on_the_project_files(self, tmp_path: Path) -> None:
         lava = environments.lava_environment(tmp_path)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def plant_another_network(bundle: Path) -> None:
     sign(bundle)
 
 
-BUNDLE_COMMANDS = ["verify", "info", "check", "emulate", "fidelity", "export", "sweep"]
+BUNDLE_COMMANDS = ["verify", "info", "check", "conformance", "emulate", "fidelity", "export", "sweep"]
 
 
 @pytest.mark.parametrize("command", BUNDLE_COMMANDS)
@@ -527,7 +527,7 @@ def test_ctrl_c_while_lava_runs_leaves_no_orphan(small_run: SmallRun, tmp_path: 
     assert "Traceback" not in said
 
 
-def hand_made_bundle(folder: Path, seed: int, *, fits: bool) -> Path:
+def hand_made_bundle(folder: Path, seed: int, *, fits: bool, models: Collection[str] = (NIR_FILE,)) -> Path:
     """A bundle of a random network with several synapses per population; Loihi takes it if ``fits``."""
     rng = np.random.default_rng(seed)
     network = random_network(rng, dag=True, hidden=3)
@@ -542,9 +542,14 @@ def hand_made_bundle(folder: Path, seed: int, *, fits: bool) -> Path:
         golden_codes=random_codes(rng, network, 3),
         float_model_files={"snn.json": b"{}"},
         provenance={},
-        models=(NIR_FILE,),
+        models=models,
     )
     return folder
+
+
+def cells(printed: str) -> list[list[str]]:
+    """The rows of all tables."""
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in printed.splitlines()]
 
 
 def test_a_network_that_fits_is_placed_proven_and_priced(call: Call, tmp_path: Path) -> None:
@@ -557,14 +562,14 @@ def test_a_network_that_fits_is_placed_proven_and_priced(call: Call, tmp_path: P
     assert "broken rules" not in answer.out
     placed = placement(network, LOIHI2)
     assert f"{placed.memory_bytes:,} bytes, at least {placed.minimum_cores} core(s), 1 chip(s)" in answer.out
-    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in answer.out.splitlines()]
+    shown = cells(answer.out)
     for row, proof in zip(placed.populations, prove(network), strict=True):
         neurons = [row.neurons, row.connections, row.fan_in, row.fan_out]
-        assert [row.population, *(f"{count:,}" for count in neurons)] in cells
+        assert [row.population, *(f"{count:,}" for count in neurons)] in shown
         taken = [row.weight_bytes, row.state_bytes, row.axons_in, row.axons_out, row.minimum_cores]
-        assert [row.population, *(f"{count:,}" for count in taken)] in cells
+        assert [row.population, *(f"{count:,}" for count in taken)] in shown
         sums, membrane = ("{:,} .. {:,}".format(*pair) for pair in (proof.sum_range, proof.membrane_range))
-        assert [proof.population, sums, "never", membrane, "never", "exact"] in cells
+        assert [proof.population, sums, "never", membrane, "never", "exact"] in shown
     assert "estimates from operations counted on 3 golden inputs, not measurements" in answer.out
     assert "Davies et al." in answer.out
 
@@ -633,3 +638,38 @@ def test_the_report_prices_the_operations_it_counted(small_run: SmallRun) -> Non
     page = (small_run.folder / "report.html").read_text()
     assert "Energy of one image, estimated and not measured" in page
     assert loihi["source"] in page
+
+
+def test_conformance_tells_what_differs_and_why_others_are_not_there(call: Call, tmp_path: Path) -> None:
+    path = hand_made_bundle(tmp_path / "bundle", 5, fits=False, models=(ONNX_FILE, ONNX_STEP_FILE))
+    answer = call("conformance", path, "--samples", 2)
+    assert (answer.code, answer.says("conformance")) == (OK, True)  # its progress
+    assert "all of 2 readings equal the reference, 9 could not be made" in answer.out
+    table = {(row[0], row[1]): row[2:] for row in cells(answer.out) if row[0].startswith("model.")}
+    assert len(table) == 11
+    assert table[ONNX_FILE, "onnxruntime"][1:5] == ["2 x 1", "–", "–", "0"]
+    assert table[ONNX_STEP_FILE, "onnxruntime"][1:5] == ["2 x 1", "0", "0", "0"]
+    assert table[NIR_FILE, "norse"][1:5] == ["2 x 5", "–", "–", "–"]
+    assert table[NIR_FILE, "norse"][-1] == "missing: the bundle has no model.nir; export it again with --target all"
+    assert table["model.net", "netx"][-1].startswith("refused: netx export: network: populations form a chain")
+
+    plant_another_network(path)
+    answer = call("conformance", path)
+    assert (answer.code, answer.says("FAIL")) == (FAIL, True)
+    table = {(row[0], row[1]): row[2:] for row in cells(answer.out) if row[0].startswith("model.")}
+    assert table[ONNX_STEP_FILE, "onnxruntime"][-1] == "differs"
+    assert int(table[ONNX_STEP_FILE, "onnxruntime"][2]) > 0
+
+
+def test_conformance_without_anything_to_show_is_no_success(call: Call, tmp_path: Path) -> None:
+    path = hand_made_bundle(tmp_path / "bundle", 5, fits=False, models=())
+    answer = call("conformance", path)
+    assert (answer.code, answer.says("nothing could be compared")) == (ERROR, True)
+    answer = call("conformance", path, "--samples", 4)
+    assert (answer.code, answer.says("--samples 4 is more than the 3 golden inputs")) == (USAGE, True)
+    path = hand_made_bundle(tmp_path / "other", 2, fits=False, models=(ONNX_FILE, ONNX_STEP_FILE))
+    (path / ONNX_FILE).write_bytes(b"no graph")
+    sign(path)
+    answer = call("conformance", path)
+    assert (answer.code, answer.says("a reader failed")) == (ERROR, True)
+    assert "is not a usable ONNX model" in answer.out
