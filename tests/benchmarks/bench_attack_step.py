@@ -50,7 +50,12 @@ def network() -> SpikingNetwork:
             "bias": True,
         }
         norm: Options = {"features": channels, "eps": 1e-5, "momentum": 0.1, "spatial": True}
-        return Layer(name, "conv", sizes), Layer(f"norm_{name}", "batch_norm", norm), Layer(f"spike_{name}", "spike")
+        neurons: Options = {"beta": 1.0, "subtract": False}
+        return (
+            Layer(name, "conv", sizes),
+            Layer(f"norm_{name}", "batch_norm", norm),
+            Layer(f"spike_{name}", "spike", neurons),
+        )
 
     features = 32 * 7 * 7
     graph = LayerGraph(
