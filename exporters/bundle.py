@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,18 @@ def write_bundle(
             write_json(partial / MANIFEST_FILE, manifest)
         except (TypeError, ValueError) as error:
             raise SpikeguardError(f"provenance of the bundle is not plain JSON ({error})") from error
+
+
+def refusals(network: IntegerNetwork) -> dict[str, tuple[Violation, ...]]:
+    """Of each model file that cannot hold a network, why; its name is a key of ``MODEL_WRITERS``."""
+    refused = {}
+    with TemporaryDirectory(prefix="spikeguard-") as folder:
+        for name, write in MODEL_WRITERS.items():
+            try:
+                write(network, Path(folder) / name)
+            except RuleViolations as error:
+                refused[name] = error.violations
+    return refused
 
 
 def export_target(bundle: Bundle, target: str, folder: Path) -> None:

@@ -371,11 +371,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list[dict[str, str]]) -> None:
-    from pipeline.run import Run, check_run, sole_user
+    from pipeline.run import Run, check_run, require_deployable, sole_user
 
     _use_threads(threads)
     with sole_user(folder):
         work = Run(config, folder, _command())
+        require_deployable(work)
         timings = work.ensure(fresh=not resume)
         result = check_run(work, timings, missing)
     _conclude(result, folder)

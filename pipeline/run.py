@@ -181,6 +181,28 @@ def require_runtimes(config: Config) -> None:
         locate_lava_python()
 
 
+def require_deployable(run: Run) -> None:
+    """Refuse, before anything is trained, runtimes that cannot take the network it will become.
+
+    Raises:
+        SpikeguardError: with the remedy.
+    """
+    settings = run.config
+    wanted = [name for name in settings.fidelity.runtimes if name in LAVA_RUNTIMES]
+    joins = [name for name, sources in start_network(run).graph.sources.items() if len(sources) > 1]
+    problems = []
+    if joins:
+        problems.append(f"its layers do not follow one another ({joins[0]} reads several)")
+    if settings.conversion.reset == "subtract":
+        problems.append("its neurons subtract their threshold at the reset")
+    if wanted and problems:
+        kept = [name for name in settings.fidelity.runtimes if name not in wanted]
+        raise SpikeguardError(
+            f"network {settings.network!r} cannot run on {' and '.join(wanted)}: {'; '.join(problems)}; "
+            f"choose others, as in --set 'fidelity.runtimes=[{', '.join(kept or ['emulator'])}]'"
+        )
+
+
 def without_lava(config: Config) -> tuple[Config, list[dict[str, str]]]:
     """The same configuration without Lava where there is none, and what is missing for that reason."""
     wanted = [name for name in config.fidelity.runtimes if name in LAVA_RUNTIMES]

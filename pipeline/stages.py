@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
-from exporters.bundle import write_bundle
+from exporters.bundle import MODEL_FILES, refusals, write_bundle
 from hardware.errors import SpikeguardError
 from hardware.files import read_json, write_bytes, write_json
 from hardware.formats.network_file import load_network, save_network
@@ -265,6 +266,10 @@ def export_bundle(run: Run, folder: Path) -> None:
     budget = budget_of(run.config.fidelity.epsilon)
     noisy = random_noise(clean, np.arange(len(clean)), budget=budget, seed=run.config.seed)
     network = load_network(run.result("quantize"))
+    refused = refusals(network)
+    for name, problems in refused.items():
+        why = "; ".join(f"{one.object}: {one.rule}" for one in problems)
+        console.print(f"[dim]{name} is left out, it cannot hold this network ({escape(why)})[/dim]", highlight=False)
     write_bundle(
         folder,
         network,
@@ -276,6 +281,7 @@ def export_bundle(run: Run, folder: Path) -> None:
             "test_split": digest_of(run.data.test),
             "attribution": read_json(run.result("quantize") / "attribution.json"),
         },
+        models=[name for name in MODEL_FILES if name not in refused],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters.bundle import MODEL_FILES, write_bundle
+from exporters.bundle import MODEL_FILES, refusals, write_bundle
 from hardware.errors import RuleViolations, SpikeguardError
 from hardware.formats.bundle import NETX_FILE, NIR_CUBA_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, open_bundle
 from hardware.formats.verify import verify_bundle
@@ -93,6 +93,18 @@ def test_formats_that_cannot_hold_the_network_are_all_named_and_nothing_is_writt
         _write(tmp_path / "bundle", network)
     assert {row.object.split(":")[0] for row in caught.value.violations} == set(WITHOUT_NETX)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_of_what_can_hold_the_network_can_be_had(tmp_path: Path) -> None:
+    branched = random_network(np.random.default_rng(5), dag=True, hidden=3)
+    refused = refusals(branched)
+    assert refused[NETX_FILE]
+    kept = [name for name in MODEL_FILES if name not in refused]
+    assert {NIR_FILE, ONNX_FILE} <= set(kept)
+    bundle = open_bundle(_write(tmp_path / "bundle", branched, models=kept))
+    assert NETX_FILE not in bundle
+    assert all(row.equal for row in verify_bundle(bundle))
+    assert refusals(_chain()) == {}
 
 
 def test_a_failed_rewrite_leaves_the_old_bundle(tmp_path: Path) -> None:

@@ -424,6 +424,28 @@ def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
     assert without_lava(reduced) == (reduced, [])
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"network": "resnet-20", "width": 0.25}, "its layers do not follow one another"),
+        ({"conversion__reset": "subtract"}, "its neurons subtract their threshold"),
+    ],
+    ids=["residual", "subtractive reset"],
+)
+def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
+    data: Path, tmp_path: Path, change: dict[str, object], told: str
+) -> None:
+    def run(*runtimes: str) -> Run:
+        settings = {"network": "digits-cnn", **change}
+        own = {name: settings.pop(name) for name in ("network", "width") if name in settings}
+        made = {**values(data, fidelity__runtimes=list(runtimes), **settings), **own}
+        return Run(validate_config(made, "test"), tmp_path, "")
+
+    with pytest.raises(SpikeguardError, match=rf"cannot run on lava and netx: {told}.*runtimes=\[emulator\]"):
+        run_module.require_deployable(run("emulator", "lava", "netx"))
+    run_module.require_deployable(run("emulator", "onnxruntime"))
+
+
 def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path: Path) -> None:
     with (
         run_module.sole_user(tmp_path),
