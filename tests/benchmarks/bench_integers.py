@@ -23,14 +23,12 @@ from pipeline.models.float_file import load_float
 from pipeline.run import Run, sole_user
 from pipeline.stages import quantization_images
 from pipeline.sweep.grid import Grid
-from pipeline.sweep.report import accuracy_table, notes_of, write_sweep
+from pipeline.sweep.report import accuracy_table, notes_of
 from pipeline.sweep.sweeping import Learning, Subject, run_sweep
 
 FINETUNED_BITS = (4, 3, 2)
 EPOCHS = {"digits": 20, "fashion-mnist": 1, "mnist": 1}
 """Of the fine-tuning on the grid."""
-MARGIN = {"digits": 0.02, "fashion-mnist": 0.01, "mnist": 0.01}
-"""Of 8 bits; at fewer bits it is that of the preset."""
 
 
 def subject_of(run: Run, config: Config, images: int | None) -> Subject:
@@ -59,19 +57,18 @@ def main() -> None:
     run.ensure("finetune")
     plain = subject_of(run, config, options.images)
     taught = replace(plain, learning=Learning(config, run.data.train, run.data.validation))
-    strict = config.fidelity.model_copy(update={"margin": MARGIN[preset]})
     parts = (
-        (replace(plain, settings=strict), [bits for bits in options.bits if bits not in FINETUNED_BITS]),
+        (plain, [bits for bits in options.bits if bits not in FINETUNED_BITS]),
         (taught, [bits for bits in options.bits if bits in FINETUNED_BITS]),
     )
+    # One folder: both share what is crafted on the float SNN.
+    folder = run.folder / "integers"
     console = Console(width=120)
     for subject, bits in parts:
         if not bits:
             continue
-        folder = run.folder / ("integers-finetuned" if subject.learning else "integers")
         with sole_user(folder):
             result = run_sweep(subject, Grid(tuple(bits), (subject.network.steps,)), folder)
-            write_sweep(result, folder, "")
         title, columns, rows = accuracy_table(result)
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
