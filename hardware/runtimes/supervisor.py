@@ -116,7 +116,10 @@ def _end_everything(process: subprocess.Popen[bytes], name: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + KILL_SECONDS
-    while _kill_named(name) and time.monotonic() < deadline:
+    # Twice in a row: a process that is just being started shows no environment for a moment.
+    quiet = 0
+    while quiet < 2 and time.monotonic() < deadline:
+        quiet = 0 if _kill_named(name) else quiet + 1
         time.sleep(0.01)
     if SHARED_MEMORY.is_dir():
         for pattern in (f"{name}*", f"sem.{name}*"):

@@ -65,7 +65,8 @@ def is_running(process: int) -> bool:
 def nothing_is_left(note: Path) -> bool:
     name, *processes = note.read_text().split()
     blocks = [*SHARED_MEMORY.glob(f"*{name}*")]
-    return not blocks and not any(is_running(int(process)) for process in processes)
+    # A process that was killed has given up its memory, and all that names it, before it counts as ended.
+    return not blocks and eventually(lambda: not any(is_running(int(process)) for process in processes))
 
 
 def test_output_is_returned() -> None:
