@@ -2,6 +2,7 @@
 # simulator, a Python 3.10. Variables, as in 'make demo PYTHON=python3.12':
 #   PYTHON                the Python to build the main environment with; without it, usual ones are tried
 #   SPIKEGUARD_PYTHON310  the Python 3.10 for Lava; without it, usual ones are tried
+#   DATA_DIR              folder of Fashion-MNIST's files, for the measurements on it; without it they are left out
 #   SPIKEGUARD_TORCH      auto (default: CUDA where nvidia-smi lists a GPU), cpu or cuda
 
 .DEFAULT_GOAL := help
@@ -46,7 +47,10 @@ check-full: ## The tests, the demo and the measurements, one after the other
 
 bench: setup ## The measurements of tests/benchmarks
 	@set -e; for script in tests/benchmarks/bench_*.py; do \
-	  echo "== $$script"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$script" .py)"; done
+	  echo "== $$script"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$script" .py)"; done; \
+	if [ -z "$(DATA_DIR)" ]; then echo '=== NO DATA_DIR: nothing was measured on Fashion-MNIST ===' >&2; exit; fi; \
+	$(BIN)/python -m tests.benchmarks.bench_method fashion-mnist --data-dir "$(DATA_DIR)" --seeds 1 --images 1000; \
+	$(BIN)/python -m tests.benchmarks.bench_integers fashion-mnist --data-dir "$(DATA_DIR)"
 
 clean: ## Remove both environments and what tools left behind; runs/ stays
 	@rm -rf .venv .venv-lava build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
