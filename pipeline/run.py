@@ -26,6 +26,8 @@ from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.page import render_report
 from pipeline.models.float_file import float_files, load_float
+from pipeline.models.graph import LayerGraph
+from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
 from pipeline.source import source_digest
 from pipeline.stages import STAGES, Stage, start_network
@@ -187,20 +189,37 @@ def require_deployable(run: Run) -> None:
     Raises:
         SpikeguardError: with the remedy.
     """
-    settings = run.config
-    wanted = [name for name in settings.fidelity.runtimes if name in LAVA_RUNTIMES]
-    joins = [name for name, sources in start_network(run).graph.sources.items() if len(sources) > 1]
-    problems = []
-    if joins:
-        problems.append(f"its layers do not follow one another ({joins[0]} reads several)")
-    if settings.conversion.reset == "subtract":
-        problems.append("its neurons subtract their threshold at the reset")
-    if wanted and problems:
-        kept = [name for name in settings.fidelity.runtimes if name not in wanted]
+    start, settings = start_network(run), run.config
+    conversion = settings.conversion
+    graph = start.graph
+    if not isinstance(start, SpikingNetwork):
+        graph = graph.spiking(conversion.beta, conversion.reset == "subtract")
+    refused = {
+        name: why
+        for reasons in _obstacles(graph)
+        for name, why in reasons.items()
+        if name in settings.fidelity.runtimes
+    }
+    if refused:
+        kept = [name for name in settings.fidelity.runtimes if name not in refused]
         raise SpikeguardError(
-            f"network {settings.network!r} cannot run on {' and '.join(wanted)}: {'; '.join(problems)}; "
+            f"network {settings.network!r} cannot run on "
+            f"{'; '.join(f'{name}: {why}' for name, why in refused.items())}; "
             f"choose others, as in --set 'fidelity.runtimes=[{', '.join(kept or ['emulator'])}]'"
         )
+
+
+def _obstacles(graph: LayerGraph) -> Iterator[dict[str, str]]:
+    """By runtime, why it takes no such network; the exporters hold the integers to the same rules."""
+    neurons = [layer.options for layer in graph.layers if layer.kind == "spike"]
+    for name, sources in graph.sources.items():
+        if len(sources) > 1:
+            yield dict.fromkeys(LAVA_RUNTIMES, f"its layers do not follow one another ({name} reads several)")
+            break
+    if any(options["subtract"] for options in neurons):
+        yield dict.fromkeys(LAVA_RUNTIMES, "its neurons subtract their threshold at the reset")
+    if any(options["beta"] != 1 for options in neurons):
+        yield dict.fromkeys(("lava", "onnxruntime"), "its neurons leak, which no file that it reads holds exactly")
 
 
 def without_lava(config: Config) -> tuple[Config, list[dict[str, str]]]:

@@ -15,9 +15,10 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from exporters.bundle import MODEL_FILES, refusals, write_bundle
-from hardware.errors import SpikeguardError
+from hardware.errors import RuleViolations, SpikeguardError
 from hardware.files import read_json, write_bytes, write_json
 from hardware.formats.network_file import load_network, save_network
+from hardware.runtimes.opening import FILES
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.targets import Codes, budget_of
 from pipeline.checkpoints import Epoch
@@ -267,6 +268,9 @@ def export_bundle(run: Run, folder: Path) -> None:
     noisy = random_noise(clean, np.arange(len(clean)), budget=budget, seed=run.config.seed)
     network = load_network(run.result("quantize"))
     refused = refusals(network)
+    needed = {file for name in run.config.fidelity.runtimes for file in FILES.get(name, ())}
+    if broken := [problem for name in sorted(needed & refused.keys()) for problem in refused[name]]:
+        raise RuleViolations(f"files for {', '.join(run.config.fidelity.runtimes)}", broken)
     for name, problems in refused.items():
         why = "; ".join(f"{one.object}: {one.rule}" for one in problems)
         console.print(f"[dim]{name} is left out, it cannot hold this network ({escape(why)})[/dim]", highlight=False)

@@ -50,6 +50,14 @@ RUNTIMES: Mapping[str, Callable[[Bundle], Runtime]] = {
 }
 
 
+FILES: Mapping[str, tuple[str, ...]] = {
+    "lava": (NIR_FILE,),
+    "netx": (NETX_FILE,),
+    "onnxruntime": (ONNX_FILE, ONNX_STEP_FILE),
+}
+"""What a runtime reads of a bundle besides the integer network."""
+
+
 def open_runtime(name: str, bundle: Bundle) -> Runtime:
     """The bundle's file for a runtime, loaded there.
 

@@ -427,10 +427,14 @@ def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"network": "resnet-20", "width": 0.25}, "its layers do not follow one another"),
-        ({"conversion__reset": "subtract"}, "its neurons subtract their threshold"),
+        (
+            {"network": "resnet-20", "width": 0.25},
+            "lava: its layers do not .*netx: its layers .*=.emulator, onnxruntime",
+        ),
+        ({"conversion__reset": "subtract"}, "lava: its neurons subtract.*netx: its neurons.*=.emulator, onnxruntime"),
+        ({"conversion__beta": 0.9}, "lava: its neurons leak.*onnxruntime: its neurons leak.*=.emulator, netx"),
     ],
-    ids=["residual", "subtractive reset"],
+    ids=["residual", "subtractive reset", "leak"],
 )
 def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
     data: Path, tmp_path: Path, change: dict[str, object], told: str
@@ -441,9 +445,23 @@ def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
         made = {**values(data, fidelity__runtimes=list(runtimes), **settings), **own}
         return Run(validate_config(made, "test"), tmp_path, "")
 
-    with pytest.raises(SpikeguardError, match=rf"cannot run on lava and netx: {told}.*runtimes=\[emulator\]"):
-        run_module.require_deployable(run("emulator", "lava", "netx"))
-    run_module.require_deployable(run("emulator", "onnxruntime"))
+    with pytest.raises(SpikeguardError, match=rf"cannot run on {told}\]"):
+        run_module.require_deployable(run("emulator", "lava", "netx", "onnxruntime"))
+    run_module.require_deployable(run("emulator"))
+
+
+def test_a_format_that_a_runtime_needs_is_not_left_out(data: Path, tmp_path: Path) -> None:
+    leaky = values(data, conversion__beta=0.75, fidelity__runtimes=["emulator"])
+    Run(validate_config(leaky, "test"), tmp_path, "").ensure()
+    held = {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert {"network.json", "model.net"} <= held
+    assert not {"model.nir", "model.onnx"} & held
+    leaky["fidelity"] = {"runtimes": ["emulator", "onnxruntime"]}
+    with pytest.raises(RuleViolations) as caught:
+        Run(validate_config(leaky, "test"), tmp_path, "").ensure()
+    assert {row.rule for row in caught.value.violations} == {
+        "neuron is IF; a 12-bit decay of a 24-bit state is not exact in float32"
+    }
 
 
 def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path: Path) -> None:
