@@ -40,8 +40,8 @@ WRITING_SOFTWARE = ("spikeguard", "numpy", "safetensors", "nir", "h5py", "onnx")
 
 
 MODEL_WRITERS: Mapping[str, Callable[[IntegerNetwork, Path], None]] = {
-    NIR_FILE: partial(write_nir, profile="if", allow_saturation=True),
-    NIR_CUBA_FILE: partial(write_nir, profile="cuba", allow_saturation=True),
+    NIR_FILE: partial(write_nir, profile="if", allow_deviations=True),
+    NIR_CUBA_FILE: partial(write_nir, profile="cuba", allow_deviations=True),
     NETX_FILE: write_netx,
     ONNX_FILE: write_onnx,
     ONNX_STEP_FILE: write_step_onnx,

@@ -16,41 +16,32 @@ from hardware.files import atomic_path
 from hardware.formats.network_file import describe_network
 from hardware.formats.nir_layout import (
     METADATA_KEY,
-    NEURON_TYPES,
     STEP_SECONDS,
     NirCard,
     NirProfile,
     lay_out,
-    neuron_fields,
+    neuron_node,
 )
-from hardware.network import IntegerNetwork, Population, Synapse
+from hardware.network import DECAY_UNITY, IntegerNetwork, Population, Synapse
 
 
-def write_nir(network: IntegerNetwork, path: Path, profile: NirProfile, *, allow_saturation: bool = False) -> None:
+def write_nir(network: IntegerNetwork, path: Path, profile: NirProfile, *, allow_deviations: bool = False) -> None:
     """Write ``network`` to ``path`` as a NIR graph, atomically.
 
     Args:
-        network: IF populations with reset to zero.
+        network: populations with reset to zero.
         path: of the HDF5 file.
         profile: "if" for readers of ``IF`` nodes, "cuba" for readers of ``CubaLIF`` nodes.
-        allow_saturation: write a network whose membranes may clip, and state that in the metadata; readers
-            that do not saturate may then differ.
+        allow_deviations: write a network whose membranes may clip or leak, and state that in the metadata; readers
+            that do not saturate, or decay in floating point, may then differ.
 
     Raises:
-        RuleViolations: listing everything that NIR readers would not compute exactly.
+        RuleViolations: listing everything that NIR cannot hold, or its readers would not compute exactly.
     """
     harmless = saturation_is_harmless(network)
     problems = nir_violations(network)
-    if not (harmless or allow_saturation):
-        problems.append(
-            Violation(
-                "network",
-                "saturation cannot change a spike",
-                "not proven",
-                "proven",
-                "quantise with a smaller scale, or allow saturation and have it stated in the file",
-            )
-        )
+    if not allow_deviations:
+        problems += _deviations(network, harmless)
     if problems:
         raise RuleViolations(f"NIR profile {profile}", problems)
     graph = build_graph(network, profile, "harmless" if harmless else "possible")
@@ -59,13 +50,9 @@ def write_nir(network: IntegerNetwork, path: Path, profile: NirProfile, *, allow
 
 
 def nir_violations(network: IntegerNetwork) -> list[Violation]:
-    """What NIR cannot hold, or its readers would not compute exactly."""
+    """What NIR cannot hold."""
     problems = float32_violations(network)
     for population in network.populations:
-        if population.is_leaky:
-            decays = f"decays {population.current_decay}, {population.voltage_decay}"
-            rule = "neuron is IF; readers decay in floating point"
-            problems.append(Violation(population.name, rule, decays, "4096, 0", "use IF neurons"))
         if population.spiking and population.reset != "zero":
             rule = "neuron resets to zero; NIR has no other reset"
             problems.append(Violation(population.name, rule, population.reset, "zero", "quantise with reset zero"))
@@ -81,6 +68,21 @@ def nir_violations(network: IntegerNetwork) -> list[Violation]:
         if synapse.kind == "conv" and synapse.weight.shape[2] != synapse.weight.shape[3]:
             kernel = str(synapse.weight.shape[2:])
             problems.append(Violation(synapse.name, "kernel is square", kernel, "equal sides", "pad the kernel"))
+    return problems
+
+
+def _deviations(network: IntegerNetwork, saturation_is_harmless: bool) -> list[Violation]:
+    """What a file holds, but readers in floating point would not compute exactly."""
+    problems = []
+    for population in network.populations:
+        if population.is_leaky:
+            decays = f"decays {population.current_decay}, {population.voltage_decay}"
+            rule, remedy = "neuron is IF; readers decay in floating point", "use IF neurons, or allow deviations"
+            problems.append(Violation(population.name, rule, decays, f"{DECAY_UNITY}, 0", remedy))
+    if not saturation_is_harmless:
+        rule = "saturation cannot change a spike"
+        remedy = "quantise with a smaller scale, or allow deviations"
+        problems.append(Violation("network", rule, "not proven", "proven", remedy))
     return problems
 
 
@@ -102,10 +104,10 @@ def build_graph(network: IntegerNetwork, profile: NirProfile, saturation: str) -
         layout.input: nir.Input({"input": np.array(network.input.presented_shape)}),
         layout.output: nir.Output({"output": np.array(network.readout.shape)}),
     }
-    neuron = getattr(nir, NEURON_TYPES[profile])
-    for name, node in layout.populations.items():
-        population = network.by_name[name]
-        nodes[node] = neuron(**neuron_fields(profile, population.shape, population.threshold))
+    for population in record.populations:
+        if population.spiking:
+            kind, fields = neuron_node(profile, population)
+            nodes[layout.populations[population.name]] = getattr(nir, kind)(**fields)
     carries_bias = {network.incoming(p.name)[0].target: network.incoming(p.name)[0] for p in network.populations}
     for synapse, node, flatten in zip(network.synapses, layout.synapses, layout.flattens, strict=True):
         target = network.by_name[synapse.target]

@@ -267,7 +267,11 @@ def conformance(
     if Outcome.EQUAL not in outcomes:
         raise SpikeguardError("nothing could be compared; the rows say why")
     equal = sum(row.outcome is Outcome.EQUAL for row in rows)
-    out.print(f"[green]OK[/green] all of {equal} readings equal the reference, {len(rows) - equal} could not be made")
+    deviating = sum(row.outcome is Outcome.DEVIATES for row in rows)
+    parts = [f"{equal} readings equal the reference"]
+    parts += [f"{deviating} decay in floating point and deviate"] if deviating else []
+    parts += [f"{len(rows) - equal - deviating} could not be made"]
+    out.print(f"[green]OK[/green] {', '.join(parts)}")
 
 
 @app.command()

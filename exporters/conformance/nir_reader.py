@@ -69,7 +69,7 @@ class NirReader:
             codes: ``(samples, *shape)`` or ``(samples, steps, *shape)``.
 
         Returns:
-            Readouts, and spikes and membranes of every spiking population. NIR has no readout neuron.
+            Readouts, and of every spiking population spikes and, unless it leaks, membranes. NIR has no readout neuron.
 
         Raises:
             Missing: if the framework is not.
@@ -120,11 +120,12 @@ def read_result(subject: str, network: IntegerNetwork, arrays: Mapping[str, NDAr
             spikes = integers(f"spikes.{population.name}", population.shape)
             if not np.isin(spikes, (0, 1)).all():
                 raise SpikeguardError(f"{subject} gave spikes of {population.name} that are neither 0 nor 1")
-            membranes = integers(f"membranes.{population.name}", population.shape) << FRACTION_BITS
             axes = (*spikes.shape[:2], population.size)
-            populations[population.name] = PopulationTrace(
-                spikes.reshape(axes) != 0, membranes.reshape(axes).astype(np.int32)
-            )
+            membranes: NDArray[np.int32] | None = None
+            if not population.is_leaky:  # or else they are no integers
+                whole = integers(f"membranes.{population.name}", population.shape) << FRACTION_BITS
+                membranes = whole.reshape(axes).astype(np.int32)
+            populations[population.name] = PopulationTrace(spikes.reshape(axes) != 0, membranes)
     sums = integers("readouts", network.readout.shape)
     return Trace(sums.sum(axis=1).reshape(len(sums), network.classes), populations)
 

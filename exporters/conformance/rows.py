@@ -2,7 +2,8 @@
 
 NIR has no word for the 24 bits in which the reference's membranes saturate, and the frameworks that read it do not
 saturate. Their spikes and readouts are held against the reference as it is, their membranes against those of the
-reference without that limit; how often it clips is told beside them.
+reference without that limit; how often it clips is told beside them. They also decay in floating point, so of a
+network that leaks they are shown how far they deviate, and no more.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ REASON_WIDTH = 60
 class Outcome(StrEnum):
     """What came of one file in one reader.
 
+    DEVIATES: it differs, as it may: the network leaks, and the reader decays in floating point.
     REFUSED: the format cannot hold this network, or the reader would not compute what the file says.
     MISSING: the reader is not installed, or the bundle does not have the file though it could.
     FAILED: the reader ended with an error.
@@ -46,6 +48,7 @@ class Outcome(StrEnum):
 
     EQUAL = "equal"
     DIFFERS = "differs"
+    DEVIATES = "deviates"
     REFUSED = "refused"
     MISSING = "missing"
     FAILED = "failed"
@@ -86,7 +89,7 @@ class Reader:
 
     Attributes:
         is_framework: that reads NIR; it runs in several processes, as its order of evaluation may depend on hashes,
-            and its membranes do not saturate.
+            and its membranes neither saturate nor decay in integers.
     """
 
     file: str
@@ -131,7 +134,9 @@ def _row(reader: Reader, bundle: Bundle, expected: Expectation, processes: int) 
         for _ in range(processes):
             trace, version = reader.run(bundle, golden)
             differences.append(compare_traces(trace_expected, trace))
-        outcome = Outcome.EQUAL if all(difference.equal for difference in differences) else Outcome.DIFFERS
+        may_deviate = reader.is_framework and any(p.is_leaky for p in bundle.network.populations)
+        differs = Outcome.DEVIATES if may_deviate else Outcome.DIFFERS
+        outcome = Outcome.EQUAL if all(difference.equal for difference in differences) else differs
     except SpikeguardError as error:
         outcome, reason, version, differences = _outcome(error), _reason(error), None, []
     return ConformanceRow(

@@ -19,11 +19,10 @@ from hardware.formats.hdf5_guard import REMEDY, require_plain_hdf5
 from hardware.formats.network_file import PopulationRecord, SynapseRecord
 from hardware.formats.nir_layout import (
     METADATA_KEY,
-    NEURON_TYPES,
     NirCard,
     NirLayout,
     lay_out,
-    neuron_fields,
+    neuron_node,
     presented_shape,
 )
 from hardware.formats.strict import parse_strict
@@ -110,14 +109,14 @@ def _graph_violations(graph: Any, layout: NirLayout) -> list[Violation]:
 
 def _neuron_violations(node: Any, population: PopulationRecord, card: NirCard) -> list[Violation]:
     name = population.name
-    wanted = NEURON_TYPES[card.profile]
+    wanted, fields = neuron_node(card.profile, population)
     if type(node).__name__ != wanted:
         return [Violation(name, "neuron is its profile's", type(node).__name__, wanted, REMEDY)]
     shape = np.asarray(node.v_threshold).shape
     if shape != population.shape:
         return [Violation(name, "neurons have the population's shape", str(shape), str(population.shape), REMEDY)]
     problems = []
-    for key, expected in neuron_fields(card.profile, population.shape, population.threshold).items():
+    for key, expected in fields.items():
         actual = np.asarray(getattr(node, key))
         if not np.array_equal(actual, expected):
             problems.append(Violation(name, f"{key} is the profile's", _summary(actual), _summary(expected), REMEDY))

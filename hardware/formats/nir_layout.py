@@ -5,10 +5,13 @@ shape), each spiking population a neuron node of full per-neuron shape that bear
 into one node add up. The readout has no neuron: its synapses lead to the output.
 
 Integers travel as float32. NIR fires where v > v_threshold, so the mantissa travels as ``threshold + 1/2``:
-no integer membrane lies between the two, and readers that compare with >= agree.
+no integer membrane lies between the two, and readers that compare with >= agree. Membranes of leaky neurons are no
+integers, and theirs travels as it is.
 
-Profile "if" uses ``IF``; profile "cuba" uses a ``CubaLIF`` whose constants make it one: tau_syn = dt leaves
-no memory in the current, and tau_mem = 2**30 dt a decay of 1 - 2**-30, which is 1 in float32.
+Profile "if" uses ``IF`` for neurons that do not leak; profile "cuba" uses a ``CubaLIF`` whose constants make it one:
+tau_syn = dt leaves no memory in the current, and tau_mem = 2**30 dt a decay of 1 - 2**-30, which is 1 in float32.
+Leaky neurons are a ``CubaLIF`` in both, whose time constants are Euler's for their 12-bit decays: a share d / 4096
+lost per step is tau = 4096 dt / d. Readers decay in floating point and deviate.
 """
 
 from __future__ import annotations
@@ -21,15 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from hardware.formats.network_file import NetworkRecord
+from hardware.formats.network_file import NetworkRecord, PopulationRecord
 from hardware.formats.strict import StrictModel
-from hardware.network import INPUT, Shape
+from hardware.network import DECAY_UNITY, INPUT, Shape
 
 NirProfile = Literal["if", "cuba"]
 METADATA_KEY = "spikeguard"
 STEP_SECONDS = 1e-4
 SLOWEST_DECAY = 2.0**30
-NEURON_TYPES: dict[NirProfile, str] = {"if": "IF", "cuba": "CubaLIF"}
 
 
 class NirCard(StrictModel):
@@ -110,18 +112,24 @@ def lay_out(record: NetworkRecord) -> NirLayout:
     return NirLayout(source_node, sink_node, spiking, tuple(synapses), tuple(flattens), tuple(edges))
 
 
-def neuron_fields(profile: NirProfile, shape: Shape, threshold: int) -> dict[str, NDArray[Any]]:
-    """Parameters of a neuron node, each of the population's full shape."""
-    if profile == "if":
-        constants = {"r": 1.0, "v_reset": 0.0, "v_threshold": threshold + 0.5}
-        return {key: np.full(shape, value, np.float32) for key, value in constants.items()}
+def neuron_node(profile: NirProfile, population: PopulationRecord) -> tuple[str, dict[str, NDArray[Any]]]:
+    """Type and parameters of a neuron node, each of the population's full shape."""
+    leaks = (population.current_decay, population.voltage_decay) != (DECAY_UNITY, 0)
+    if profile == "if" and not leaks:
+        constants = {"r": 1.0, "v_reset": 0.0, "v_threshold": population.threshold + 0.5}
+        return "IF", {key: np.full(population.shape, value, np.float32) for key, value in constants.items()}
+    # In steps; one that never ends would be no number.
+    synaptic, membrane = (
+        DECAY_UNITY / decay if decay else SLOWEST_DECAY
+        for decay in (population.current_decay, population.voltage_decay)
+    )
     constants = {
-        "tau_syn": STEP_SECONDS,
-        "tau_mem": SLOWEST_DECAY * STEP_SECONDS,
-        "r": SLOWEST_DECAY,
+        "tau_syn": synaptic * STEP_SECONDS,
+        "tau_mem": membrane * STEP_SECONDS,
+        "r": membrane,
         "v_leak": 0.0,
         "v_reset": 0.0,
-        "w_in": 1.0,
-        "v_threshold": threshold + 0.5,
+        "w_in": synaptic,
+        "v_threshold": population.threshold + (0.0 if leaks else 0.5),
     }
-    return {key: np.full(shape, value, np.float64) for key, value in constants.items()}
+    return "CubaLIF", {key: np.full(population.shape, value, np.float64) for key, value in constants.items()}

@@ -142,6 +142,26 @@ def test_membranes_that_saturate_are_told_and_held_against_those_without_a_limit
     assert chip.mismatched_membranes
 
 
+def test_readers_that_decay_in_floating_point_are_shown_how_far_they_deviate(tmp_path: Path) -> None:
+    # After six steps the membrane, truncated at each, is 637 / 64; without truncation it is above the threshold.
+    one, two = np.ones((1, 1), np.int32), np.full((1, 1), 2, np.int32)
+    populations = (
+        Population("first", (1,), 10, np.zeros(1, np.int64), 1.0, voltage_decay=300),
+        Population("readout", (1,), 0, np.zeros(1, np.int64), 1.0, spiking=False),
+    )
+    synapses = (Synapse("input", "first", "dense", two, 8), Synapse("first", "readout", "dense", one, 8))
+    network = IntegerNetwork(InputSpec((1,), max_code=1), populations, synapses, 6)
+    codes = np.array([[0], [1]], np.uint8)
+    folder = tmp_path / "bundle"
+    write_bundle(
+        folder, network, golden_codes=codes, float_model_files={}, provenance={}, models=(NIR_FILE, NIR_CUBA_FILE)
+    )
+    for row in rows_of(open_bundle(folder), "own interpreter", *FRAMEWORKS):
+        own = row.reader == "own interpreter"
+        assert (row.outcome, row.reason) == (Outcome.EQUAL if own else Outcome.DEVIATES, "")
+        assert counts(row) == ((0, 0, 0) if own else (1, None, 1))
+
+
 @pytest.mark.lava
 def test_lava_and_netx_are_rows_as_well(tmp_path: Path) -> None:
     network = random_network(np.random.default_rng(3), kind="dense", hidden=2, steps=3)

@@ -20,7 +20,7 @@ from hardware.network import InputSpec, IntegerNetwork, Population, Synapse
 from tests.networks import networks, random_network, same_network
 
 
-@given(network=networks(leaky=False, reset="zero"))
+@given(network=networks(reset="zero"))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("profile", ["if", "cuba"])
 def test_written_files_read_back_as_the_same_network(
@@ -29,9 +29,9 @@ def test_written_files_read_back_as_the_same_network(
     path = tmp_path / "model.nir"
     if any(len(p.shape) == 3 and np.ptp(p.bias, axis=(1, 2)).any() for p in network.populations):
         with pytest.raises(RuleViolations, match="one per channel"):
-            write_nir(network, path, profile, allow_saturation=True)
+            write_nir(network, path, profile, allow_deviations=True)
     else:
-        write_nir(network, path, profile, allow_saturation=True)
+        write_nir(network, path, profile, allow_deviations=True)
         assert same_network(read_nir(path), network)
 
 
@@ -80,11 +80,30 @@ def test_everything_nir_readers_cannot_do_is_named_at_once(tmp_path: Path) -> No
         steps=60_000,
     )
     with pytest.raises(RuleViolations) as caught:
-        write_nir(changed, tmp_path / "m.nir", "if", allow_saturation=True)
+        write_nir(changed, tmp_path / "m.nir", "if", allow_deviations=True)
     text = str(caught.value)
-    for rule in ("neuron is IF", "resets to zero", "threshold + 1/2", "one per channel", "exact in float32"):
+    for rule in ("resets to zero", "threshold + 1/2", "one per channel", "exact in float32"):
         assert rule in text
+    assert "neuron is IF" not in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("profile", ["if", "cuba"])
+def test_leaky_neurons_are_refused_or_written_with_eulers_time_constants(tmp_path: Path, profile: NirProfile) -> None:
+    network = random_network(np.random.default_rng(3), kind="dense", hidden=1)
+    first, readout = network.populations
+    leaky = replace(network, populations=(replace(first, current_decay=1024, voltage_decay=512), readout))
+    with pytest.raises(RuleViolations, match="neuron is IF; readers decay in floating point"):
+        write_nir(leaky, tmp_path / "m.nir", profile)
+    write_nir(leaky, tmp_path / "m.nir", profile, allow_deviations=True)
+    node = nir.read(tmp_path / "m.nir").nodes[first.name]
+    dt = json.loads(nir.read(tmp_path / "m.nir").metadata["spikeguard"])["dt"]
+    assert type(node).__name__ == "CubaLIF"
+    np.testing.assert_array_equal(1 - dt / node.tau_syn, np.full(first.shape, 1 - 1024 / 4096))
+    np.testing.assert_array_equal(1 - dt / node.tau_mem, np.full(first.shape, 1 - 512 / 4096))
+    np.testing.assert_array_equal(node.r * dt / node.tau_mem, np.ones(first.shape))
+    np.testing.assert_array_equal(node.w_in * dt / node.tau_syn, np.ones(first.shape))
+    np.testing.assert_array_equal(node.v_threshold, np.full(first.shape, float(first.threshold)))
 
 
 def test_unproven_saturation_is_refused_or_stated(tmp_path: Path) -> None:
@@ -93,7 +112,7 @@ def test_unproven_saturation_is_refused_or_stated(tmp_path: Path) -> None:
     assert not saturation_is_harmless(network)
     with pytest.raises(RuleViolations, match="saturation"):
         write_nir(network, tmp_path / "m.nir", "if")
-    write_nir(network, tmp_path / "m.nir", "if", allow_saturation=True)
+    write_nir(network, tmp_path / "m.nir", "if", allow_deviations=True)
     assert json.loads(nir.read(tmp_path / "m.nir").metadata["spikeguard"])["saturation"] == "possible"
 
 

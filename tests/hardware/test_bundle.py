@@ -159,7 +159,7 @@ def test_verification_finds_a_file_of_another_network(bundle: Path, tmp_path: Pa
 
     other = random_network(np.random.default_rng(21), hidden=2)
     other.readout.bias[:] += 1
-    write_nir(other, tmp_path / "other.nir", "if", allow_saturation=True)
+    write_nir(other, tmp_path / "other.nir", "if", allow_deviations=True)
     write_step_onnx(other, tmp_path / "other.onnx")
     _forge(bundle, NIR_FILE, (tmp_path / "other.nir").read_bytes())
     _forge(bundle, ONNX_STEP_FILE, (tmp_path / "other.onnx").read_bytes())

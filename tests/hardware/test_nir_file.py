@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
     # input -> pop0 (conv) -> pop1 (conv) -> out (dense, flattened)
     network = random_network(np.random.default_rng(1), hidden=2, constant_channels=1)
     assert [s.kind for s in network.synapses] == ["conv", "conv", "dense"]
-    write_nir(network, tmp_path / "model.nir", "if", allow_saturation=True)
+    write_nir(network, tmp_path / "model.nir", "if", allow_deviations=True)
     return tmp_path / "model.nir"
 
 
