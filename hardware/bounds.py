@@ -146,7 +146,9 @@ def membrane_bounds(network: IntegerNetwork) -> dict[str, Bounds]:
 
 
 def readout_bounds(network: IntegerNetwork) -> Bounds:
-    """Bounds of the readout sum over all steps, in weight units."""
+    """Bounds of the answer: of the sum over all steps in weight units, or of a leaky readout's last membrane."""
+    if network.readout.is_leaky:
+        return membrane_bounds(network)[network.readout.name]
     per_step, bias = synaptic_bounds(network)[network.readout.name], network.readout.bias
     return Bounds(network.steps * (per_step.lower + bias), network.steps * (per_step.upper + bias))
 
@@ -295,10 +297,11 @@ def _saturation_is_harmless(population: Population, sums: Bounds, steps: int) ->
 
     Upwards, a neuron that resets to zero forgets how far it overshot. Downwards, a clipped membrane only lies
     higher than the unclipped one would, so nothing changes if even from the clip, with the strongest input in
-    all remaining steps, it stays silent. Later clips leave less time and need no look of their own.
+    all remaining steps, it stays silent. Later clips leave less time and need no look of their own. A readout's sum
+    is kept apart from its membrane; a leaky readout's membrane is the answer.
     """
     if not population.spiking:
-        return True
+        return not (population.is_leaky and _can_saturate(population, sums, steps))
     threshold, bias = population.threshold << FRACTION_BITS, population.bias << FRACTION_BITS
     overshoot_is_forgotten = population.reset == "zero" and threshold < STATE_LIMIT
     clipped = np.zeros(population.shape, bool)

@@ -105,7 +105,10 @@ class EmulatedPopulation:
         return held, stepped
 
     def readouts(self, held: Array, stepped: Array, steps: int) -> NDArray[np.int64]:
-        """Sums and bias over all steps, ``(samples, neurons)``, in weight units."""
+        """Sums and bias over all steps, ``(samples, neurons)``, in weight units; the last membrane if it leaks."""
+        if self.population.is_leaky:
+            _, membranes, _ = self.fire(held, stepped, steps, keeps_membranes=True)
+            return membranes[:, -1].astype(np.int64)
         per_step = held.astype(np.int64) + (self.bias.astype(np.int64) >> FRACTION_BITS)
         result: NDArray[np.int64] = stepped.sum(axis=1, dtype=np.int64) + steps * per_step
         return result

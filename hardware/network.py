@@ -8,6 +8,9 @@ Meaning of one step t = 1..T, populations in topological order, spikes of step t
     s  = [v > 64 threshold]
     v <- 0 where s   (reset "zero"),   v - 64 threshold where s   (reset "subtract")
 
+The readout never spikes. It answers with ``sum(total + b)`` over all steps in weight units, where the total is
+``sum(w s)``; one that leaks with v after the last step.
+
 ``sat24`` clips to +-(2**23 - 1). A network whose u could leave the 24-bit range must not be deployed, because hardware
 wraps there; bundles prove that it cannot (``bounds.require_no_wrap``). Weights, biases and thresholds are in *weight
 units*; u and v carry ``FRACTION_BITS`` more bits.
@@ -31,6 +34,9 @@ STATE_LIMIT = 2**23 - 1
 DECAY_UNITY = 4096
 INPUT = "input"
 SEMANTICS_VERSION = "spikeguard.semantics/1"
+
+SUMMING_READOUT = "integer sum over steps; logits = sum / (steps * scale)"
+LEAKY_READOUT = f"membrane after the last step; logits = membrane / ({1 << FRACTION_BITS} * scale)"
 
 Shape = tuple[int, ...]
 IntArray = NDArray[np.integer[Any]]
@@ -221,7 +227,7 @@ class IntegerNetwork:
 
     @property
     def readout(self) -> Population:
-        """The population whose integrated sum is the answer."""
+        """The population that integrates the answer."""
         return self.populations[-1]
 
     @property
@@ -240,8 +246,8 @@ class IntegerNetwork:
         return self.by_name[synapse.source].shape
 
     def logits(self, readouts: IntArray) -> NDArray[np.float64]:
-        """Readouts ``(samples, classes)`` in real units: sum / (T scale)."""
-        return readouts / (self.steps * self.readout.scale)
+        """Readouts ``(samples, classes)`` in real units, see :func:`real_readouts`."""
+        return real_readouts(self.readout, self.steps, readouts)
 
     def is_chain(self) -> bool:
         """Whether each population reads exactly the one before it."""
@@ -266,12 +272,22 @@ class IntegerNetwork:
                 "max_code": self.input.max_code,
                 "constant_codes": list(self.input.constant_codes),
             },
-            "readout": "integer sum over steps; logits = sum / (steps * scale)",
+            "readout": LEAKY_READOUT if self.readout.is_leaky else SUMMING_READOUT,
             "readout_scale": self.readout.scale,
             "weight_bits": {s.name: s.bits for s in self.synapses},
             "scales": {p.name: p.scale for p in self.populations},
             "classes": self.classes,
         }
+
+
+def readout_unit(readout: Population, steps: int) -> float:
+    """Units of the integer answer per real unit: T scale of a sum, 64 scale of a membrane."""
+    return (1 << FRACTION_BITS if readout.is_leaky else steps) * readout.scale
+
+
+def real_readouts(readout: Population, steps: int, readouts: IntArray) -> NDArray[np.float64]:
+    """Readouts ``(samples, classes)`` in real units: the mean over the steps, or of a leaky readout the membrane."""
+    return readouts / readout_unit(readout, steps)
 
 
 def _structure_problems(network: IntegerNetwork) -> list[Violation]:

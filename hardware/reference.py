@@ -63,6 +63,8 @@ def run_reference(
             if fits_record:
                 membrane_history[name].append(v.reshape(samples, population.size).astype(np.int32))
 
+    if network.readout.is_leaky:
+        readouts = membranes[network.readout.name].reshape(samples, network.classes)
     if record == "readouts":
         return Trace(readouts)
     return Trace(

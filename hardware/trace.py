@@ -75,7 +75,8 @@ class Trace:
     """Result of running samples through a runtime.
 
     Attributes:
-        readouts: int64 ``(samples, classes)``, the integer sum over steps in weight units.
+        readouts: int64 ``(samples, classes)``, the integer sum over steps in weight units, or of a leaky readout the
+            last membrane in state units.
         populations: activity by population name; empty if only readouts were recorded.
     """
 

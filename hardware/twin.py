@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hardware.bounds import FLOAT32_INTEGERS, prove, synaptic_magnitudes
-from hardware.errors import RuleViolations, SpikeguardError, Violation
-from hardware.network import DECAY_UNITY, INPUT, IntArray, IntegerNetwork, Population, Synapse
+from hardware.errors import SpikeguardError
+from hardware.network import INPUT, IntArray, IntegerNetwork, Population, Synapse, readout_unit
 from hardware.surrogates import TRIANGLE, SpikeRule
 from hardware.trace import PopulationTrace, Trace
 from hardware.twin_convolutions import exact_convolution, phase_weights
-from hardware.twin_neurons import STATE_UNITS, HeldAndStepped, Neurons, is_compiled, membranes, spikes
+from hardware.twin_neurons import STATE_UNITS, HeldAndStepped, Neurons, is_compiled, last_membrane, membranes, spikes
 
 # A group of images, at all steps: no more activity in a layer than the cache holds, but rows enough that the calls
 # and the reading of weights do not outweigh the work (measured).
@@ -104,7 +104,7 @@ class Twin(nn.Module):
         return twin
 
     def forward(self, images: Tensor, rules: Rules | None = None) -> Tensor:
-        """Logits in real units, sum / (T scale).
+        """Logits in real units, see :func:`~hardware.network.real_readouts`.
 
         Args:
             images: floats in [0, 1], ``(samples, *shape)`` or ``(samples, steps, *shape)``; each pixel is
@@ -123,14 +123,14 @@ class Twin(nn.Module):
         for part in codes.split(self._group(codes, by_name)):
             readouts.append(self._readouts(part, self._neurons(by_name, first, len(codes))))
             first += len(part)
-        scaled = torch.cat(readouts).to(torch.float64) / (self.network.steps * self.network.readout.scale)
+        scaled = torch.cat(readouts).to(torch.float64) / readout_unit(self.network.readout, self.network.steps)
         return scaled.to(torch.float32)
 
     def proxy(self, images: Tensor, clipped: bool) -> Tensor:
         """Logits of the static network that conversion would start from (ensemble members 19 and 20).
 
         With x the input of one step in real units, ``(sum(w a) + b) / scale``, each spiking population answers
-        ``max(x, 0)``, or the rate ``clip(x / threshold, 0, 1)`` that an IF neuron approaches.
+        ``max(x, 0)``, or the rate ``clip(x / threshold, 0, 1)`` that an IF neuron approaches. Leaks count as none.
 
         Args:
             images: as for ``forward``; those that change over time are averaged over it.
@@ -140,10 +140,8 @@ class Twin(nn.Module):
             float32 ``(samples, classes)`` in real units, with gradients to ``images``.
 
         Raises:
-            RuleViolations: if the network has leaky neurons, whose rate is another function.
             SpikeguardError: as for ``forward``.
         """
-        self._require_no_leak()
         codes = self._codes(images)
         changing = codes.ndim == len(self.network.input.shape) + 2
         activity = {INPUT: codes.mean(1)[None] if changing else codes[None]}
@@ -160,21 +158,6 @@ class Twin(nn.Module):
         total = held + self._constant(population) + self._bias(population)
         drive: Tensor = total[None] / (STATE_UNITS * population.scale)
         return drive
-
-    def _require_no_leak(self) -> None:
-        leaky = [p for p in self.network.populations if p.spiking and p.is_leaky]
-        if leaky:
-            problems = [
-                Violation(
-                    p.name,
-                    "neurons of a static proxy do not leak",
-                    f"decays {p.current_decay} and {p.voltage_decay}",
-                    f"{DECAY_UNITY} and 0",
-                    "attack it through surrogate gradients instead",
-                )
-                for p in leaky
-            ]
-            raise RuleViolations("proxy of the network", problems)
 
     @torch.no_grad()
     def trace(self, codes: IntArray) -> Trace:
@@ -194,7 +177,7 @@ class Twin(nn.Module):
             population.name: _record(neurons[population.name], self._sums(population, activity))
             for population in self.network.populations
         }
-        readouts = self._summed_over_steps(self.network.readout, activity)
+        readouts = self._answers(activity, neurons)
         return Trace(readouts.to(torch.int64).cpu().numpy(), recorded)
 
     def _codes(self, images: Tensor) -> Tensor:
@@ -239,8 +222,14 @@ class Twin(nn.Module):
         }
 
     def _readouts(self, codes: Tensor, neurons: Mapping[str, Neurons]) -> Tensor:
-        """Integer sums over the steps, ``(samples, classes)``."""
-        return self._summed_over_steps(self.network.readout, self._activity(codes, neurons))
+        """Integer answers ``(samples, classes)``."""
+        return self._answers(self._activity(codes, neurons), neurons)
+
+    def _answers(self, activity: Mapping[str, Tensor], neurons: Mapping[str, Neurons]) -> Tensor:
+        readout = self.network.readout
+        if readout.is_leaky:
+            return last_membrane(neurons[readout.name], self._sums(readout, activity)).flatten(1)
+        return self._summed_over_steps(readout, activity)
 
     def _activity(self, codes: Tensor, neurons: Mapping[str, Neurons]) -> dict[str, Tensor]:
         """Codes and spikes by source, with a single leading step where nothing changes over time."""

@@ -96,6 +96,34 @@ def membranes(neurons: Neurons, sums: HeldAndStepped) -> Tensor:
     return before
 
 
+def last_membrane(neurons: Neurons, sums: HeldAndStepped) -> Tensor:
+    """Membrane after the last step ``(samples, *shape)`` of a population that never spikes, with gradients to sums."""
+    membrane: Tensor = _LastMembrane.apply(neurons, *sums)  # type: ignore[no-untyped-call]
+    return membrane
+
+
+class _LastMembrane(torch.autograd.Function):
+    """Linear but for truncation and saturation, through which gradients pass unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, neurons: Neurons, held: Tensor | None, stepped: Tensor | None) -> Tensor:
+        ctx.neurons, ctx.has_held, ctx.has_stepped = neurons, held is not None, stepped is not None
+        return membranes(neurons, (held, stepped))[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        population, steps = ctx.neurons.population, ctx.neurons.steps
+        membrane_kept = 1 - population.voltage_decay / DECAY_UNITY
+        current_kept = 1 - population.current_decay / DECAY_UNITY
+        # What is left in the last step of a unit that entered so many steps before.
+        left = [
+            sum(current_kept**j * membrane_kept ** (lag - j) for j in range(lag + 1)) for lag in reversed(range(steps))
+        ]
+        shares = gradient.new_tensor(left).reshape(-1, *([1] * gradient.ndim))
+        flow = gradient * shares
+        return None, flow.sum(0) if ctx.has_held else None, flow if ctx.has_stepped else None
+
+
 def is_compiled(rule: SpikeRule) -> bool:
     """Whether kernels apply the rule, group by group; others are to see z of all samples."""
     return type(rule) in (Rate, AdaptiveSurrogate) or (type(rule) is Surrogate and rule.rule in RULE_IDS)

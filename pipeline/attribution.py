@@ -50,16 +50,19 @@ def attribute(
     steps: int,
     spikes: Spikes,
     logits: Float64Array,
+    *,
+    timed: bool = False,
 ) -> tuple[AttributionRow, ...]:
     """One row for each kind of number that is rounded, and one for none; not the one for everything.
 
     Args:
         populations: as folded.
         rounded: the same as integers.
-        codes: uint8 ``(samples, *shape)``.
+        codes: uint8 ``(samples, [steps,] *shape)``.
         steps: T.
         spikes: of the float SNN on them, ``(samples, steps, ...)`` by spiking population.
         logits: of the float SNN, ``(samples, classes)``.
+        timed: whether codes change over time.
     """
     rows = []
     for name, hybrid in HYBRIDS.items():
@@ -70,7 +73,7 @@ def attribute(
             one if one is not None else scaled_population(real, integer)
             for one, real, integer in zip(mixed, populations, rounded, strict=True)
         ]
-        found, readout = run_unrounded(scaled, codes, steps)
+        found, readout = run_unrounded(scaled, codes, steps, timed=timed)
         rows.append(compare(name, found, readout / rounded[-1].population.scale, spikes, logits))
     return tuple(rows)
 
@@ -145,8 +148,11 @@ def _input(real: RealPopulation, integer: RoundedPopulation) -> RealPopulation |
 
 
 def _decay(real: RealPopulation, integer: RoundedPopulation) -> RealPopulation | None:
-    kept = 1 - integer.population.voltage_decay / DECAY_UNITY
-    return replace(scaled_population(real, integer), beta=kept) if kept != real.beta else None
+    alpha, beta = (
+        1 - share / DECAY_UNITY for share in (integer.population.current_decay, integer.population.voltage_decay)
+    )
+    changed = (alpha, beta) != (real.alpha, real.beta)
+    return replace(scaled_population(real, integer), alpha=alpha, beta=beta) if changed else None
 
 
 HYBRIDS: Mapping[str, Callable[[RealPopulation, RoundedPopulation], RealPopulation | None]] = {

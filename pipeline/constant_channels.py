@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.network import INPUT, InputSpec
+from hardware.network import INPUT
 from pipeline.folding import RealSynapse
-from pipeline.models.graph import Shape
+from pipeline.models.graph import PIXEL_LEVELS, Shape
 from pipeline.number_formats import NumberFormat
 from pipeline.rounding import InputStatistics, input_statistics, round_compensated
 
 Float64Array = NDArray[np.float64]
-MAX_CODE = 255
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class ConstantChannels:
         codes: that the channels hold; none if no channel is needed.
         smallest_codes: with which the kernels would still fit the weights' bits.
         bias: ``(out,)`` that is left.
+        max_code: that a channel may hold.
         error: by rounding the kernels, per tap, ``(out, kernel, kernel)`` or ``(out, positions)``; what the bias makes
             up for is taken from the tap over the pixel itself.
     """
@@ -43,11 +43,12 @@ class ConstantChannels:
     smallest_codes: tuple[int, ...]
     bias: Float64Array
     error: Float64Array
+    max_code: int = PIXEL_LEVELS
 
     @property
     def room(self) -> float:
         """How many times larger the constant part could be before its codes do not suffice; below 1 they do not."""
-        limits = self.codes if self.codes != self.smallest_codes else (MAX_CODE,) * len(self.codes)
+        limits = self.codes if self.codes != self.smallest_codes else (self.max_code,) * len(self.codes)
         pairs = zip_longest(limits, self.smallest_codes, fillvalue=0)
         return min((max(limit, 0.5) / smallest for limit, smallest in pairs if smallest), default=np.inf)
 
@@ -60,6 +61,8 @@ def split_constant(
     bias: Float64Array,
     input_shape: Shape,
     codes: tuple[int, ...] | None = None,
+    max_code: int = PIXEL_LEVELS,
+    outlasts_step: bool = False,
     compensated: bool = False,
 ) -> ConstantChannels:
     """The constant part of a synapse that reads pixels as constant input channels, and what is left for the bias.
@@ -79,14 +82,18 @@ def split_constant(
         bias: ``(out,)`` of the population, in weight units.
         input_shape: of one image.
         codes: of the network's channels; None to take the smallest that suit.
+        max_code: of the network's input.
+        outlasts_step: whether what enters through synapses is still there at later steps. Then no bias, which enters
+            the membrane and is gone, can stand for it, and all of it goes through the channels.
         compensated: whether taps make up for each other's errors, if there is such a tap; else each is rounded to
             the nearest.
     """
     left = _constant_part(synapse, scale, len(bias), input_shape)
     max_bias = numbers.max_bias
-    is_needed = bool(left.any()) or (max_bias is not None and np.abs(bias).max(initial=0) > max_bias)
+    largest_bias = 0 if outlasts_step else max_bias
+    is_needed = bool(left.any()) or (largest_bias is not None and np.abs(bias).max(initial=0) > largest_bias)
     anchor = _anchor(synapse)
-    if anchor is not None and is_needed and max_bias is not None:
+    if anchor is not None and is_needed and largest_bias is not None:
         left[anchor] += bias
         bias = np.zeros_like(bias)
     is_joint = compensated and is_needed and anchor is not None and synapse.kind == "conv"
@@ -105,23 +112,18 @@ def split_constant(
         smallest_codes.append(smallest)
     if is_needed and not used:
         smallest_codes.append(1)
-    if anchor is not None:
+    if anchor is not None and not outlasts_step:
         taken_back = left[anchor] if presence is None else left.reshape(len(bias), -1) @ presence.mean
         bias = bias + taken_back
         left[anchor] -= taken_back
     shape = (len(bias), 0, *synapse.weight.shape[2:])
     kernel = np.concatenate(kernels, axis=1) if kernels else np.zeros(shape)
-    return ConstantChannels(kernel, tuple(used), tuple(smallest_codes), bias, -left)
+    return ConstantChannels(kernel, tuple(used), tuple(smallest_codes), bias, -left, max_code)
 
 
 def shared_codes(readers: Iterable[ConstantChannels]) -> tuple[int, ...]:
     """Codes that suit all who read the same channels."""
     return tuple(max(codes) for codes in zip_longest(*(reader.smallest_codes for reader in readers), fillvalue=0))
-
-
-def input_spec(shape: Shape, codes: tuple[int, ...]) -> InputSpec:
-    """8-bit pixels and constant channels."""
-    return InputSpec(shape, MAX_CODE, codes)
 
 
 def _constant_part(synapse: RealSynapse, scale: float, outputs: int, input_shape: Shape) -> Float64Array:

@@ -22,7 +22,6 @@ from pipeline.models.spiking import SpikingNetwork
 from pipeline.neurons import MIN_THRESHOLD
 
 Float64Array = NDArray[np.float64]
-PIXEL_LEVELS = 255
 READOUT = "readout"
 
 
@@ -31,7 +30,7 @@ class RealSynapse:
     """What one population feels of another, in real units.
 
     Attributes:
-        source: name of the population it reads, or "input" (whose activity is pixel codes 0..255).
+        source: name of the population it reads, or "input" (whose activity is codes, 0..255 of pixels).
         kind: conv ``(out, in, kernel, kernel)`` or dense ``(out, in)``.
         weight: per spike, or per pixel code.
         constant: what a constant input adds through the same geometry, per kernel tap ``(out, kernel, kernel)``; None
@@ -65,6 +64,7 @@ class RealPopulation:
         threshold: None for the readout.
         beta: share of the membrane kept from step to step.
         subtract: whether the reset subtracts the threshold.
+        alpha: share of the current kept from step to step.
     """
 
     name: str
@@ -74,6 +74,12 @@ class RealPopulation:
     threshold: float | None
     beta: float = 1.0
     subtract: bool = False
+    alpha: float = 0.0
+
+    @property
+    def is_leaky(self) -> bool:
+        """Whether any state decays or current carries over; a readout that does answers with its last membrane."""
+        return self.beta != 1 or self.alpha != 0
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,13 @@ class _Spikes:
 
 @dataclass(frozen=True)
 class _Current:
-    """A sum of synapses and a bias per channel."""
+    """A sum of synapses and a bias per channel, and what the synapses and a leaky readout after them keep."""
 
     synapses: tuple[RealSynapse, ...]
     bias: Float64Array
     shape: Shape
+    alpha: float = 0.0
+    beta: float = 1.0
 
 
 _Signal = _Spikes | _Current
@@ -131,10 +139,10 @@ def fold(network: SpikingNetwork) -> list[RealPopulation]:
                 value = replace(value, pooling=value.pooling * int(layer.options["kernel_size"]))
             elif layer.kind in ("conv", "linear"):
                 value = _weighted(layer, parameters, value, shapes[layer.name])
-                if value.synapses[0].source == INPUT and normalization:
-                    value = _normalized(value, normalization, graph.input_shape)
-                elif value.synapses[0].source == INPUT:
-                    value = replace(value, synapses=(_per_code(value.synapses[0]),))
+                if value.synapses[0].source == INPUT:
+                    value = _normalized(value, normalization, graph.input_shape) if normalization else value
+                    (synapse,) = value.synapses
+                    value = replace(value, synapses=(replace(synapse, weight=synapse.weight / graph.max_code),))
         elif layer.kind == "batch_norm":
             scale = parameters["weight"] / np.sqrt(parameters["running_var"] + float(layer.options["eps"]))
             moved = _scaled(value, scale)
@@ -144,15 +152,20 @@ def fold(network: SpikingNetwork) -> list[RealPopulation]:
             beta, subtract = float(layer.options["beta"]), bool(layer.options["subtract"])
             populations.append(_population(layer.name, value, threshold, beta, subtract))
             value = _Spikes(layer.name, value.shape)
+        elif layer.kind == "synaptic_current":
+            value = replace(value, alpha=float(layer.options["alpha"]))
+        elif layer.kind == "leaky_readout":
+            value = replace(value, beta=float(layer.options["beta"]))
         return value
 
     readout = graph.evaluate(image, apply)
     assert isinstance(readout, _Current)
-    return [*populations, _population(READOUT, readout, None, 1.0, False)]
+    return [*populations, _population(READOUT, readout, None, readout.beta, False)]
 
 
 def _population(name: str, current: _Current, threshold: float | None, beta: float, subtract: bool) -> RealPopulation:
-    return RealPopulation(name, current.shape, current.synapses, current.bias, threshold, beta, subtract)
+    shape, synapses, bias, alpha = current.shape, current.synapses, current.bias, current.alpha
+    return RealPopulation(name, shape, synapses, bias, threshold, beta, subtract, alpha)
 
 
 def _weighted(layer: Layer, parameters: Mapping[str, Float64Array], source: _Spikes, shape: Shape) -> _Current:
@@ -244,20 +257,16 @@ def fold_pooling_into_dense(weight: Float64Array, source_shape: Shape, pooling: 
     return spread.reshape(len(weight), -1)
 
 
-def _per_code(synapse: RealSynapse) -> RealSynapse:
-    return replace(synapse, weight=synapse.weight / PIXEL_LEVELS)
-
-
 def _normalized(current: _Current, parameters: Mapping[str, Float64Array], input_shape: Shape) -> _Current:
-    """``W (code / 255 - mean) / std`` as weights per code and a constant part per tap."""
+    """``W (x - mean) / std`` as weights per unit and a constant part per tap."""
     mean, std = parameters["mean"], parameters["std"]
     (synapse,) = current.synapses
     if synapse.kind == "conv":
         per_unit = synapse.weight / std[None, :, None, None]
         constant = -np.einsum("ocij,c->oij", per_unit, mean)
         folded = replace(synapse, weight=per_unit, constant=constant if constant.any() else None)
-        return replace(current, synapses=(_per_code(folded),))
+        return replace(current, synapses=(folded,))
     positions = int(np.prod(input_shape[1:]))
     per_unit = synapse.weight / std.repeat(positions)
     bias = current.bias - per_unit @ mean.repeat(positions)
-    return replace(current, synapses=(_per_code(replace(synapse, weight=per_unit)),), bias=bias)
+    return replace(current, synapses=(replace(synapse, weight=per_unit),), bias=bias)

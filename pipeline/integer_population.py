@@ -6,7 +6,7 @@ It runs as the emulator runs it, so what it does is what the whole network will 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from hardware.bounds import Bounds, synapse_bounds
 from hardware.emulated_population import EmulatedPopulation, input_rows
 from hardware.emulator import BLOCK_BYTES
-from hardware.network import INPUT, Shape
+from hardware.network import INPUT, InputSpec, Shape
 from hardware.synapse_kernels import pack_spikes
-from pipeline.constant_channels import input_spec
 from pipeline.integer_recipe import RoundedPopulation
 
 Array = NDArray[Any]
@@ -30,31 +29,34 @@ class Response:
     Attributes:
         spikes: bool ``(samples, steps, *shape)``, the channels of a position together in memory; all False of a
             readout.
-        sums: int64 ``(samples, neurons)`` over all steps, in weight units, of a readout; else empty.
+        readouts: int64 ``(samples, neurons)``, as of the network, of a readout; else empty.
     """
 
     spikes: NDArray[np.bool_]
-    sums: NDArray[np.int64]
+    readouts: NDArray[np.int64]
 
 
 class RecordedActivity:
     """What populations read, as arrays and ready for the kernels.
 
     Args:
-        codes: uint8 ``(samples, *input_shape)``.
+        codes: uint8 ``(samples, [steps,] *shape)``.
         steps: T.
+        spec: of the input, without constant channels.
 
     Attributes:
         spikes: bool ``(samples, steps, *shape)`` by population, the channels of a position together in memory.
     """
 
-    def __init__(self, codes: NDArray[np.uint8], steps: int) -> None:
+    def __init__(self, codes: NDArray[np.uint8], steps: int, spec: InputSpec | None = None) -> None:
         self.codes, self.steps = codes, steps
+        self.spec = InputSpec(codes.shape[1:]) if spec is None else spec
+        self.timed = codes.ndim == len(self.spec.shape) + 2
         self.spikes: dict[str, NDArray[np.bool_]] = {}
         self._bits: dict[str, NDArray[np.uint8]] = {}
 
     def __getitem__(self, source: str) -> Array:
-        """Activity of a source: ``(samples, *shape)`` codes, or ``(samples, steps, *shape)`` spikes."""
+        """Activity of a source: ``(samples, [steps,] *shape)`` codes, or ``(samples, steps, *shape)`` spikes."""
         return self.codes if source == INPUT else self.spikes[source]
 
     def record(self, source: str, spikes: NDArray[np.bool_]) -> None:
@@ -66,13 +68,13 @@ class RecordedActivity:
     def shape_of(self, source: str, codes: tuple[int, ...]) -> Shape:
         """Of what a synapse reads, constant channels included."""
         if source == INPUT:
-            return input_spec(self.codes.shape[1:], codes).presented_shape
+            return replace(self.spec, constant_codes=codes).presented_shape
         return self.spikes[source].shape[2:]
 
     def rows(self, source: str, codes: tuple[int, ...], part: slice) -> Array:
         """What a synapse reads of some samples, for :meth:`EmulatedPopulation.sums`."""
         if source == INPUT:
-            return input_rows(input_spec(self.codes.shape[1:], codes), self.codes[part], self.steps)
+            return input_rows(replace(self.spec, constant_codes=codes), self.codes[part], self.steps)
         return self._bits[source][part.start * self.steps : part.stop * self.steps]
 
 
@@ -80,20 +82,20 @@ def respond(rounded: RoundedPopulation, activity: RecordedActivity, samples: int
     """Run a population on the first ``samples`` of recorded activity."""
     population, steps, codes = rounded.population, activity.steps, rounded.constant_codes
     incoming = [(synapse, activity.shape_of(synapse.source, codes)) for synapse in rounded.synapses]
-    emulated = EmulatedPopulation.proven(population, incoming, input_spec(activity.codes.shape[1:], codes))
+    emulated = EmulatedPopulation.proven(population, incoming, rounded.input_spec(activity.spec.shape))
     spikes = np.zeros((samples, steps, population.size), np.bool_)
-    sums = np.empty((0 if population.spiking else samples, population.size), np.int64)
+    answers = np.empty((0 if population.spiking else samples, population.size), np.int64)
     block = max(1, BLOCK_BYTES // emulated.bytes_per_sample(steps))
     for first in range(0, samples, block):
         part = slice(first, min(first + block, samples))
         read = {synapse.source: activity.rows(synapse.source, codes, part) for synapse in rounded.synapses}
-        held, stepped = emulated.sums(read, part.stop - part.start, steps, changing=False)
+        held, stepped = emulated.sums(read, part.stop - part.start, steps, activity.timed)
         if population.spiking:
             spikes[part], _, _ = emulated.fire(held, stepped, steps, keeps_membranes=False)
         else:
-            sums[part] = emulated.readouts(held, stepped, steps)
+            answers[part] = emulated.readouts(held, stepped, steps)
     by_channel = np.swapaxes(spikes.reshape(samples, steps, emulated.positions, emulated.channels), 2, 3)
-    return Response(by_channel.reshape(samples, steps, *population.shape), sums)
+    return Response(by_channel.reshape(samples, steps, *population.shape), answers)
 
 
 def sum_bounds(rounded: RoundedPopulation, shapes: Mapping[str, Shape]) -> Bounds:
@@ -103,7 +105,7 @@ def sum_bounds(rounded: RoundedPopulation, shapes: Mapping[str, Shape]) -> Bound
         rounded: the population.
         shapes: of its sources, by name, of the image without constant channels.
     """
-    spec = input_spec(shapes[INPUT], rounded.constant_codes)
+    spec = rounded.input_spec(shapes[INPUT])
     lower = upper = np.zeros(rounded.population.shape, np.int64)
     for synapse in rounded.synapses:
         shape = spec.presented_shape if synapse.source == INPUT else shapes[synapse.source]

@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware.errors import RuleViolations, Violation
-from hardware.network import FRACTION_BITS, INPUT, STATE_LIMIT, IntegerNetwork
+from hardware.network import (
+    DECAY_UNITY,
+    FRACTION_BITS,
+    INPUT,
+    STATE_LIMIT,
+    InputSpec,
+    IntegerNetwork,
+    real_readouts,
+)
 from hardware.targets.loihi2 import (
     LOIHI2,
     MAX_BIAS,
@@ -27,20 +35,19 @@ from hardware.targets.loihi2 import (
     membranes_reset_to_zero,
 )
 from hardware.targets.rules import check
-from pipeline.attacks.targets import to_images
 from pipeline.attribution import EVERYTHING, AttributionRow, Spikes, attribute, compare, relative_error
-from pipeline.constant_channels import MAX_CODE, shared_codes
+from pipeline.constant_channels import shared_codes
 from pipeline.folding import RealPopulation, fold
 from pipeline.integer_population import RecordedActivity, Response, channels_together, respond, sum_bounds
 from pipeline.integer_recipe import (
     Grid,
     RoundedPopulation,
     assemble,
-    require_finite,
+    require_roundable,
     round_population,
     rounding_order,
 )
-from pipeline.models.graph import Shape
+from pipeline.models.graph import PIXEL_LEVELS, Shape
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.number_formats import target_format
 from pipeline.progress import track
@@ -106,7 +113,8 @@ def quantize(
 
     Args:
         network: the float SNN; it is not changed.
-        calibration: uint8 ``(samples, *shape)`` training images; of large networks the first ones only are used.
+        calibration: uint8 ``(samples, [steps,] *shape)`` training images; of large networks the first ones only are
+            used.
         bits: of every weight, 2 to 8, or by population, the readout included.
         provenance: plain facts to keep with the network.
 
@@ -115,10 +123,11 @@ def quantize(
     """
     network = copy.deepcopy(network).cpu().eval()
     populations = fold(network)
-    require_finite(populations)
+    require_roundable(populations)
     widths = bits_by_population(populations, bits)
     shapes = {INPUT: network.graph.input_shape, **{population.name: population.shape for population in populations}}
-    fitted = fitting_grids(populations, widths, shapes, network.steps, provenance)
+    spec = InputSpec(network.graph.input_shape, network.graph.max_code)
+    fitted = fitting_grids(populations, widths, shapes, network.steps, provenance, spec.max_code)
 
     work = {p.name: network.steps * _connections(p) for p in populations}
     neurons = sum(math.prod(population.shape) for population in populations)
@@ -126,7 +135,7 @@ def quantize(
         _affordable(TOTAL_WORK, sum(work.values()), MIN_IMAGES, len(calibration)),
         _affordable(ACTIVITY_BYTES, 2 * network.steps * neurons, MIN_IMAGES, len(calibration)),
     )
-    activity = RecordedActivity(calibration[:samples], network.steps)
+    activity = RecordedActivity(calibration[:samples], network.steps, spec)
     spikes, logits = _record(network, activity.codes)
     search = _Search(activity, shapes, spikes, logits)
     rounded, choices = [], []
@@ -148,7 +157,9 @@ def quantize(
     everything = compare(EVERYTHING, activity.spikes, readout, spikes, logits)
     few = _affordable(ATTRIBUTION_WORK, sum(work.values()), MIN_SEARCH_IMAGES, samples)
     some = {name: values[:few] for name, values in spikes.items()}
-    parts = attribute(populations, rounded, activity.codes[:few], network.steps, some, logits[:few])
+    parts = attribute(
+        populations, rounded, activity.codes[:few], network.steps, some, logits[:few], timed=activity.timed
+    )
     return Quantization(deployed, tuple(choices), (*parts, everything))
 
 
@@ -185,6 +196,7 @@ def fitting_grids(
     shapes: Mapping[str, Shape],
     steps: int,
     provenance: Mapping[str, Any],
+    max_code: int = PIXEL_LEVELS,
 ) -> dict[str, Grid]:
     """For each population the largest scale, in steps of 5 %, at which the target takes it, and its exponents there.
 
@@ -194,7 +206,7 @@ def fitting_grids(
     Raises:
         RuleViolations: if something still does not fit at a tiny scale.
     """
-    grids = {p.name: _fitting_grid(p, bits[p.name], shapes, steps) for p in populations}
+    grids = {p.name: _fitting_grid(p, bits[p.name], shapes, steps, max_code) for p in populations}
     tried = [round_population(p, grids[p.name], shapes[INPUT]) for p in populations if p.name in grids]
     if any(headroom(one, shapes, steps) < 1 for one in tried):
         raise _refusal(tried, shapes[INPUT], steps, provenance)
@@ -203,18 +215,18 @@ def fitting_grids(
         largest = [_scaled(grids[p.name], CANDIDATES[-1]) for p in readers]
         finest = [round_population(p, grid, shapes[INPUT]) for p, grid in zip(readers, largest, strict=True)]
         needed = shared_codes(one.constant for one in finest if one.constant is not None)
-        codes = tuple(min(code, MAX_CODE) for code in needed)
+        codes = tuple(min(code, max_code) for code in needed)
         grids.update({p.name: replace(grids[p.name], constant_codes=codes) for p in readers})
     return grids
 
 
-def _fitting_grid(real: RealPopulation, bits: int, shapes: Mapping[str, Shape], steps: int) -> Grid:
+def _fitting_grid(real: RealPopulation, bits: int, shapes: Mapping[str, Shape], steps: int, max_code: int) -> Grid:
     """The first grid that fits, or the one of a tiny scale."""
     numbers = target_format(bits)
     ceiling, shrunk = numbers.ceiling(real), 0
     while True:
         scale = ceiling * SCALE_STEP**shrunk
-        grid = Grid(scale, numbers, numbers.exponents_at(real, scale))
+        grid = Grid(scale, numbers, numbers.exponents_at(real, scale), max_code=max_code)
         room = headroom(round_population(real, grid, shapes[INPUT]), shapes, steps)
         if room >= 1 or scale < SMALLEST_SCALE * ceiling:
             return grid
@@ -235,18 +247,21 @@ def headroom(rounded: RoundedPopulation, shapes: Mapping[str, Shape], steps: int
         steps: T.
     """
     population = rounded.population
+    kept = 1 - population.current_decay / DECAY_UNITY
+    outlasting = sum(kept**step for step in range(steps))
     if rounded.constant is not None and rounded.constant.room < 1:
         return rounded.constant.room
     state_limit = STATE_LIMIT / 2**FRACTION_BITS
     sums, bias = sum_bounds(rounded, shapes), population.bias
     reached = [
         (MAX_BIAS, np.abs(bias).max()),
-        (state_limit, max(-sums.lower.min(), sums.upper.max())),
+        (state_limit, outlasting * max(-sums.lower.min(), sums.upper.max())),
     ]
     if population.spiking:
         reached.append((MAX_VTH_MANTISSA, population.threshold))
     else:
-        reached.append((state_limit / steps, max(-(sums.lower + bias).min(), (sums.upper + bias).max())))
+        largest = max(-(sums.lower + bias).min(), (sums.upper + bias).max())
+        reached.append((state_limit / steps, outlasting * largest))
     return min(float(limit) / max(float(actual), 1e-300) for limit, actual in reached)
 
 
@@ -301,19 +316,20 @@ class _Search:
         if rounded.population.spiking:
             self.activity.record(real.name, response.spikes)
         else:
-            self.readouts = response.sums
+            self.readouts = response.readouts
         exponents = {s.source: exponent for s, exponent in zip(real.synapses, grid.exponents, strict=True)}
         return rounded, ScaleChoice(real.name, grid.scale, disagreement, grid.format.bits, exponents)
 
     def _statistics(self, real: RealPopulation, grid: Grid) -> InputStatistics:
         ordered = [real.synapses[i] for i in rounding_order(grid.exponents)]
-        return input_statistics(ordered, {synapse.source: self.activity[synapse.source] for synapse in ordered})
+        read = {synapse.source: self.activity[synapse.source] for synapse in ordered}
+        return input_statistics(ordered, read, timed=self.activity.timed)
 
     def _disagreement(self, rounded: RoundedPopulation, response: Response) -> float:
         population, samples = rounded.population, len(response.spikes)
         if population.spiking:
             return float(np.mean(response.spikes != self.spikes[population.name][:samples]))
-        found = response.sums / (self.activity.steps * population.scale)
+        found = real_readouts(population, self.activity.steps, response.readouts)
         return relative_error(found, self.logits[:samples])
 
 
@@ -324,7 +340,7 @@ def _record(network: SpikingNetwork, codes: NDArray[np.uint8]) -> tuple[dict[str
     group = max(1, RECORD_BYTES // (4 * largest * network.steps))
     logits, spikes = [], []
     for start in range(0, len(codes), group):
-        answer, activity = network.record(to_images(codes[start : start + group]))
+        answer, activity = network.record(network.images(codes[start : start + group]))
         logits.append(answer.double().numpy())
         spikes.append({name: one.spikes.numpy() for name, one in activity.items()})
     joined = {name: np.concatenate([part[name] for part in spikes]) for name in spikes[0]}

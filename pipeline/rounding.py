@@ -66,7 +66,7 @@ def compensation_factor(covariance: Float64Array, variances: Float64Array) -> Fl
 
 
 def input_statistics(
-    synapses: Sequence[RealSynapse], activity: Mapping[str, NDArray[np.generic]], seed: int = 0
+    synapses: Sequence[RealSynapse], activity: Mapping[str, NDArray[np.generic]], seed: int = 0, timed: bool = False
 ) -> InputStatistics:
     """Moments over samples, steps, and for a conv over positions, padding included.
 
@@ -74,13 +74,14 @@ def input_statistics(
         synapses: all that enter one population, in the order in which their weights will be rounded.
         activity: by source: of the input ``(samples, *shape)``, of populations ``(samples, steps, *shape)``.
         seed: of the choice of rows, where there are more than are needed.
+        timed: whether the input changes over time and has the form of a population's.
     """
     sizes = [synapse.weight[0].size for synapse in synapses]
     mean = np.empty(sum(sizes))
     factors = []
     first = 0
     for members in _blocks(synapses, sizes):
-        block_mean, covariance, like = _moments(members, activity, seed)
+        block_mean, covariance, like = _moments(members, activity, seed, timed)
         variances = np.diag(covariance)
         mean_variances = np.bincount(like, variances) / np.bincount(like)
         factors.append(compensation_factor(covariance, mean_variances[like]))
@@ -109,13 +110,13 @@ def _blocks(synapses: Sequence[RealSynapse], sizes: Sequence[int]) -> Iterator[l
 
 
 def _moments(
-    parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]], seed: int
+    parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]], seed: int, timed: bool
 ) -> tuple[Float64Array, Float64Array, NDArray[np.int64]]:
     """Mean ``(inputs,)``, covariance ``(inputs, inputs)``, and per input the number of the part it is of."""
     sizes = [part.inputs.stop - part.inputs.start for part in parts]
     inputs = sum(sizes)
-    frames = _frames(parts, activity)
-    per_frame = len(_rows(parts, activity, frames[:1]))
+    frames = _frames(parts, activity, timed)
+    per_frame = len(_rows(parts, activity, frames[:1], timed))
     wanted = max(1, max(4 * inputs, min(PRODUCTS // inputs**2, VALUES // inputs)) // per_frame)
     if wanted < len(frames):
         chosen = np.random.default_rng(seed).choice(len(frames), wanted, replace=False)
@@ -126,7 +127,7 @@ def _moments(
     shift: Tensor | None = None
     total, products, count = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 0
     for start in range(0, len(frames), group):
-        rows = _rows(parts, activity, frames[start : start + group])
+        rows = _rows(parts, activity, frames[start : start + group], timed)
         # Moments are taken about a point near the mean, lest they cancel.
         shift = rows.mean(0) if shift is None else shift
         rows -= shift
@@ -139,19 +140,22 @@ def _moments(
     return shift.double().numpy() + offset, covariance, np.repeat(np.arange(len(parts)), sizes)
 
 
-def _frames(parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]]) -> NDArray[np.int64]:
-    """All (sample, step) that differ, ``(frames, 2)``; the input is the same at every step."""
-    moving = [part.synapse.source for part in parts if part.synapse.source != INPUT]
+def _frames(parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]], timed: bool) -> NDArray[np.int64]:
+    """All (sample, step) that differ, ``(frames, 2)``."""
+    moving = [part.synapse.source for part in parts if timed or part.synapse.source != INPUT]
     samples, steps = activity[moving[0]].shape[:2] if moving else (len(activity[INPUT]), 1)
     return np.stack(np.unravel_index(np.arange(samples * steps), (samples, steps)), 1)
 
 
-def _rows(parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]], frames: NDArray[np.int64]) -> Tensor:
+def _rows(
+    parts: Sequence[_Part], activity: Mapping[str, NDArray[np.generic]], frames: NDArray[np.int64], timed: bool
+) -> Tensor:
     """What each neuron position reads in each frame: float32 ``(frames * positions, inputs)``."""
     read = []
     for part in parts:
         synapse, values = part.synapse, activity[part.synapse.source]
-        chosen = values[frames[:, 0]] if synapse.source == INPUT else values[frames[:, 0], frames[:, 1]]
+        held = synapse.source == INPUT and not timed
+        chosen = values[frames[:, 0]] if held else values[frames[:, 0], frames[:, 1]]
         images = torch.from_numpy(np.ascontiguousarray(chosen, dtype=np.float32))
         if synapse.kind == "conv":
             patches = F.unfold(images, synapse.weight.shape[2], padding=synapse.padding, stride=synapse.stride)

@@ -12,27 +12,30 @@ from torch import Tensor
 
 from hardware.network import INPUT
 from pipeline.folding import RealPopulation, RealSynapse
+from pipeline.models.layers import LeakyReadout, SynapticCurrent
 
 CHUNK_BYTES = 2**26
 
 
 def run_unrounded(
-    populations: Sequence[RealPopulation], codes: NDArray[np.uint8], steps: int
+    populations: Sequence[RealPopulation], codes: NDArray[np.uint8], steps: int, *, timed: bool = False
 ) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.float64]]:
     """Run folded populations, in whatever units each of them is.
 
     Args:
         populations: in topological order, the readout last.
-        codes: uint8 ``(samples, *shape)``.
+        codes: uint8 ``(samples, [steps,] *shape)``.
         steps: T.
+        timed: whether codes change over time.
 
     Returns:
-        Spikes ``(samples, steps, *shape)`` by spiking population, and the readout ``(samples, classes)``, the mean
-        over the steps.
+        Spikes ``(samples, steps, *shape)`` by spiking population, and the readout ``(samples, classes)``: the mean
+        over the steps, or of one that leaks the last membrane.
     """
     largest = max(int(np.prod(population.shape)) for population in populations)
     group = max(1, CHUNK_BYTES // (8 * largest * steps))
-    parts = [_run(populations, codes[start : start + group], steps) for start in range(0, len(codes), group)]
+    presented = codes.swapaxes(0, 1) if timed else codes[None]
+    parts = [_run(populations, presented[:, start : start + group], steps) for start in range(0, len(codes), group)]
     spikes = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
     return spikes, np.concatenate([part[1] for part in parts])
 
@@ -41,11 +44,15 @@ def _run(
     populations: Sequence[RealPopulation], codes: NDArray[np.uint8], steps: int
 ) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.float64]]:
     # Axes (steps or 1, samples, *shape): what is the same at every step is computed once.
-    activity = {INPUT: torch.from_numpy(codes.astype(np.float64))[None]}
+    activity = {INPUT: torch.from_numpy(codes.astype(np.float64))}
     spikes: dict[str, NDArray[np.bool_]] = {}
     for population in populations:
         total = current(population, activity)
+        if population.alpha:
+            total = SynapticCurrent(population.alpha).sequence(total, steps)
         if population.threshold is None:
+            if population.is_leaky:
+                total = LeakyReadout(population.beta).sequence(total, steps)
             return spikes, total.mean(0).flatten(1).numpy()
         fired = _fire(population, total, steps)
         activity[population.name] = fired.double()

@@ -102,7 +102,7 @@ def read_records(network: IntegerNetwork, samples: int, records: Mapping[str, ND
             populations[population.name] = PopulationTrace(spikes, membranes)
     final = populations[network.readout.name].membranes
     assert final is not None
-    readouts = final[:, -1].astype(np.int64) >> FRACTION_BITS
+    readouts = final[:, -1].astype(np.int64) >> (0 if network.readout.is_leaky else FRACTION_BITS)
     return Trace(readouts, populations if record == "traces" else {})
 
 

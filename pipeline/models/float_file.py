@@ -14,7 +14,7 @@ from torch import nn
 
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import MIB, read_bytes
-from pipeline.models.graph import Layer, LayerGraph, LayerKind
+from pipeline.models.graph import PIXEL_LEVELS, Layer, LayerGraph, LayerKind
 from pipeline.models.spiking import RateNetwork, SpikingNetwork
 
 FORMAT = "spikeguard.float/2"
@@ -42,6 +42,7 @@ class _GraphModel(BaseModel):
     format: Literal["spikeguard.float/2"]
     input_shape: list[int]
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None
+    max_code: int = PIXEL_LEVELS  # earlier files are of pixels and do not say so
     layers: list[_LayerModel]
 
 
@@ -53,6 +54,7 @@ def float_files(network: SpikingNetwork | RateNetwork) -> dict[str, bytes]:
         "format": FORMAT,
         "input_shape": list(network.graph.input_shape),
         "steps": network.steps if spiking else None,
+        "max_code": network.graph.max_code,
         "layers": [
             {
                 "name": layer.name,
@@ -104,7 +106,7 @@ def _load_graph(path: Path) -> tuple[LayerGraph, int | None]:
             Layer(layer.name, layer.kind, layer.options, layer.path, tuple(layer.inputs), layer.block)
             for layer in model.layers
         )
-        return LayerGraph(tuple(model.input_shape), layers), model.steps
+        return LayerGraph(tuple(model.input_shape), layers, model.max_code), model.steps
     except ValidationError as error:
         raise SpikeguardError(f"{path} is not a {FORMAT} file: {error}") from error
 

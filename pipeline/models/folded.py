@@ -23,7 +23,8 @@ from hardware.errors import RuleViolations, Violation
 from hardware.surrogates import TRIANGLE, SpikeRule
 from hardware.twin import Rules
 from pipeline.models.graph import Layer, LayerGraph
-from pipeline.models.spiking import SpikingNetwork
+from pipeline.models.layers import LeakyReadout, SynapticCurrent
+from pipeline.models.spiking import SpikingNetwork, steps_first
 from pipeline.neurons import Leaky, is_compiled
 
 # A group of images, at all steps: no more activity in a layer than the cache holds, but rows enough that the calls
@@ -55,7 +56,7 @@ class FoldedNetwork(nn.Module):
         """Logits ``(samples, classes)``, the time average, with gradients to the images.
 
         Args:
-            images: ``(samples, *shape)`` in [0, 1].
+            images: ``(samples, *shape)``, or ``(samples, steps, *shape)``, in [0, 1].
             rules: how gradients pass the spikes, for all neurons or by name of the spiking layer. A rule other than
                 a ``Surrogate`` or ``RATE`` may keep state: its ``gradient`` is called once per layer and backward
                 pass, with z ``(steps, samples, *shape)`` of all images.
@@ -70,18 +71,20 @@ class FoldedNetwork(nn.Module):
         """Logits of the static network that conversion would start from (ensemble members 19 and 20).
 
         Args:
-            images: ``(samples, *shape)`` in [0, 1].
+            images: ``(samples, *shape)``, or ``(samples, steps, *shape)``, in [0, 1].
             clipped: whether neurons answer with ``clip(x / threshold, 0, 1)``, the rate that an IF neuron approaches,
-                instead of ``max(x, 0)``.
+                instead of ``max(x, 0)``. Leaks count as none.
         """
 
         def apply(layer: Layer, read: Sequence[Tensor]) -> Tensor:
             module = self.layers[layer.name]
+            if isinstance(module, SynapticCurrent | LeakyReadout):
+                return read[0]
             if not isinstance(module, Leaky):
                 return _advance(module, read)
             return (read[0] / module.effective_threshold).clamp(0, 1) if clipped else read[0].relu()
 
-        return self.graph.evaluate(images.unsqueeze(0), apply)[0]
+        return self.graph.evaluate(steps_first(images, self.graph).mean(0, keepdim=True), apply)[0]
 
     def _group(self, images: Tensor, rules: Mapping[str, SpikeRule]) -> int:
         """Images that go through together: all on other devices, and for rules that may keep state."""
@@ -94,13 +97,15 @@ class FoldedNetwork(nn.Module):
     def _logits(self, images: Tensor, rules: Mapping[str, SpikeRule]) -> Tensor:
         def apply(layer: Layer, read: Sequence[Tensor]) -> Tensor:
             module = self.layers[layer.name]
+            if isinstance(module, SynapticCurrent | LeakyReadout):
+                return module.sequence(read[0], self.steps)
             if not isinstance(module, Leaky):
                 return _advance(module, read)
             spikes = module.sequence(read[0], self.steps, rules[layer.name])
             return spikes if layer.name in self._shape_spikes else spikes.sum(0, keepdim=True) / self.steps
 
         # What is linear and the same at every step already is its own average.
-        return self.graph.evaluate(images.unsqueeze(0), apply).mean(0)
+        return self.graph.evaluate(steps_first(images, self.graph), apply).mean(0)
 
     def _rules_by_name(self, rules: Rules) -> Mapping[str, SpikeRule]:
         if not isinstance(rules, Mapping):
@@ -145,7 +150,7 @@ def _fold(network: SpikingNetwork) -> tuple[LayerGraph, dict[str, nn.Module]]:
         else:
             kept.append(replace(layer, inputs=sources))
     dtype = next(network.parameters()).dtype
-    return LayerGraph(graph.input_shape, tuple(kept)), {layer.name: modules[layer.name].to(dtype) for layer in kept}
+    return replace(graph, layers=tuple(kept)), {layer.name: modules[layer.name].to(dtype) for layer in kept}
 
 
 def _advance(module: nn.Module, read: Sequence[Tensor]) -> Tensor:

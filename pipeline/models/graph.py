@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from hardware.errors import RuleViolations, Violation
-from pipeline.models.layers import Add, Conv2d, Normalize, Scale
+from pipeline.models.layers import Add, Conv2d, LeakyReadout, Normalize, Scale, SynapticCurrent
 
 LayerKind = Literal[
-    "normalize", "conv", "linear", "batch_norm", "relu", "spike", "avg_pool", "flatten", "dropout", "add", "scale"
-]
+    "normalize", "conv", "linear", "batch_norm", "relu", "spike", "avg_pool", "flatten", "dropout", "add", "scale",
+    "synaptic_current", "leaky_readout",
+]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(LayerKind)
 WEIGHTED: tuple[LayerKind, ...] = ("conv", "linear")
 INPUT = "input"
@@ -32,9 +33,10 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "eps": (1e-12, 1.0),
     "momentum": (0.0, 1.0),
     "p": (0.0, 1.0),
+    "alpha": (0.0, 1.0),
     "beta": (0.0, 1.0),
 }
-FRACTIONS = ("eps", "momentum", "p", "beta")
+FRACTIONS = ("eps", "momentum", "p", "alpha", "beta")
 OPTIONS: Mapping[LayerKind, frozenset[str]] = {
     "normalize": frozenset({"features"}),
     "conv": frozenset({"in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"}),
@@ -44,9 +46,14 @@ OPTIONS: Mapping[LayerKind, frozenset[str]] = {
     "dropout": frozenset({"p"}),
     "spike": frozenset({"beta", "subtract"}),
     "scale": frozenset({"learned"}),
+    "synaptic_current": frozenset({"alpha"}),
+    "leaky_readout": frozenset({"beta"}),
     **dict.fromkeys(("relu", "flatten", "add"), frozenset[str]()),
 }
 NEURONS: tuple[LayerKind, ...] = ("relu", "spike")
+WITH_MEMORY: tuple[LayerKind, ...] = ("spike", "synaptic_current", "leaky_readout")
+"""What keeps a state from step to step; all else answers to each step alone."""
+PIXEL_LEVELS = 255
 
 Options = Mapping[str, int | float | bool]
 Shape = tuple[int, ...]
@@ -80,6 +87,7 @@ class LayerGraph:
 
     Attributes:
         input_shape: ``(channels, height, width)`` or ``(features,)`` of one image.
+        max_code: the integer that stands for an input of 1: 255 for 8-bit pixels, 1 for spikes.
 
     Raises:
         RuleViolations: on construction, for every layer that does not fit.
@@ -87,6 +95,7 @@ class LayerGraph:
 
     input_shape: Shape
     layers: tuple[Layer, ...]
+    max_code: int = PIXEL_LEVELS
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -132,10 +141,12 @@ class LayerGraph:
         return values[self.layers[-1].name]
 
     def before_last_spikes(self) -> frozenset[str]:
-        """Names of the layers, and "input", from which a path leads to neurons: what varies there shapes spikes."""
+        """Names of the layers, and "input", from which a path leads to what has a memory: there it matters when
+        something happens.
+        """
         found: set[str] = set()
         for layer in reversed(self.layers):
-            if layer.kind in NEURONS or layer.name in found:
+            if layer.kind in (*NEURONS, *WITH_MEMORY) or layer.name in found:
                 found.update(self.sources[layer.name])
         return frozenset(found)
 
@@ -153,7 +164,7 @@ class LayerGraph:
                 return replace(layer, options={**layer.options, "bias": True})
             return layer
 
-        return LayerGraph(self.input_shape, tuple(changed(*entry) for entry in enumerate(self.layers)))
+        return replace(self, layers=tuple(changed(*entry) for entry in enumerate(self.layers)))
 
 
 def output_shape(layer: Layer, inputs: Sequence[Shape]) -> Shape:
@@ -163,7 +174,7 @@ def output_shape(layer: Layer, inputs: Sequence[Shape]) -> Shape:
         return shape if len(inputs) > 1 and len(set(inputs)) == 1 else ()
     if len(inputs) != 1:
         return ()
-    if layer.kind in ("relu", "spike", "dropout", "scale"):
+    if layer.kind in ("relu", "dropout", "scale", *WITH_MEMORY):
         return shape
     if layer.kind == "batch_norm" and bool(options["spatial"]) != (len(shape) == 3):
         return ()
@@ -192,8 +203,9 @@ def _product(shape: Shape) -> int:
     return product
 
 
-Signal = Literal["pixels", "spikes", "current"]
-"""What flows between layers: pixels, spikes (perhaps pooled), or a current, which is linear in earlier spikes."""
+Signal = Literal["pixels", "spikes", "current", "synaptic", "logits"]
+"""What flows between layers: pixels, spikes (perhaps pooled), a current, which is linear in the spikes of a step, one
+that outlasts the step, or logits that were integrated by neurons."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,13 @@ _RULES: Mapping[LayerKind, _Rule] = {
     ),
     "batch_norm": _Rule(("current",), None, "batch norm follows a weighted layer or a sum", "move it there"),
     "relu": _Rule(("current",), "spikes", "neurons follow a weighted layer or a sum", "move it there"),
-    "spike": _Rule(("current",), "spikes", "neurons follow a weighted layer or a sum", "move it there"),
+    "spike": _Rule(("current", "synaptic"), "spikes", "neurons follow a weighted layer or a sum", "move it there"),
+    "synaptic_current": _Rule(
+        ("current",), "synaptic", "synapses with a memory follow a weighted layer or a sum", "move it there"
+    ),
+    "leaky_readout": _Rule(
+        ("current", "synaptic"), "logits", "a readout follows a weighted layer or a sum", "move it there"
+    ),
     "avg_pool": _Rule(("spikes",), None, "pooling follows neurons", "pool after the ReLU"),
     "flatten": _Rule(("pixels", "spikes"), None, "flattening follows neurons", "flatten after the ReLU"),
     "dropout": _Rule(("pixels", "spikes", "current"), None, "", ""),
@@ -228,6 +246,8 @@ _RULES: Mapping[LayerKind, _Rule] = {
 def _problems(graph: LayerGraph) -> Iterator[Violation]:
     """Every reason why the graph cannot be a network that converts and deploys."""
     shape = graph.input_shape
+    if not 1 <= graph.max_code <= PIXEL_LEVELS:
+        yield Violation(INPUT, "codes have at most 8 bits", str(graph.max_code), "1..255", "choose within the range")
     if len(shape) not in (1, 3) or min(shape) < 1:
         wording = "images are (channels, height, width) or (features,)"
         yield Violation(INPUT, wording, str(shape), "1 or 3 positive sizes", "reshape the images")
@@ -239,7 +259,7 @@ def _problems(graph: LayerGraph) -> Iterator[Violation]:
     yield from flow.problems(graph.layers)
     last = graph.layers[-1]
     shape, signal = flow.shapes[last.name], flow.signals[last.name]
-    if signal is not None and shape and (signal != "current" or len(shape) != 1):
+    if signal is not None and shape and (signal not in ("current", "logits") or len(shape) != 1):
         spikes = flow.kinds[last.name] == "spike"
         yield Violation(
             last.path or last.name,
@@ -280,7 +300,7 @@ class _Flow:
     def problems(self, layers: Sequence[Layer]) -> Iterator[Violation]:
         """What is wrong with each layer where it stands, none blamed for another."""
         previous = INPUT
-        spikes = any(layer.kind == "spike" for layer in layers)
+        spikes = any(layer.kind in WITH_MEMORY for layer in layers)
         for index, layer in enumerate(layers):
             subject = layer.path or layer.name
             sources = layer.inputs or (previous,)
@@ -386,4 +406,6 @@ _BUILDERS: Mapping[str, Callable[[Options], nn.Module]] = {
     "dropout": lambda options: nn.Dropout(float(options["p"])),
     "add": lambda _: Add(),
     "scale": lambda options: Scale(1.0, learned=bool(options["learned"])),
+    "synaptic_current": lambda options: SynapticCurrent(float(options["alpha"])),
+    "leaky_readout": lambda options: LeakyReadout(float(options["beta"])),
 }

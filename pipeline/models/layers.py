@@ -76,3 +76,42 @@ class Scale(nn.Module):
     def forward(self, activity: Tensor) -> Tensor:
         """Multiply."""
         return self.value * activity
+
+
+class SynapticCurrent(nn.Module):
+    """Synapses whose current decays instead of ending with the step: ``i_t = alpha i_{t-1} + x_t``, from zero.
+
+    Args:
+        alpha: share of the current kept from step to step, in [0, 1].
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def sequence(self, entering: Tensor, steps: int) -> Tensor:
+        """Currents ``(steps, samples, ...)`` of what enters, ``(steps, ...)`` or ``(1, ...)`` if always the same."""
+        current, currents = torch.zeros_like(entering[0]), []
+        for step in range(steps):
+            current = self.alpha * current + entering[step if len(entering) > 1 else 0]
+            currents.append(current)
+        return torch.stack(currents)
+
+
+class LeakyReadout(nn.Module):
+    """Neurons that never spike, ``v_t = beta v_{t-1} + i_t`` from zero, and answer with their last membrane.
+
+    Args:
+        beta: share of the membrane kept from step to step, in [0, 1].
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def sequence(self, current: Tensor, steps: int) -> Tensor:
+        """Membranes after the last step, ``(1, samples, ...)``; arguments as of :class:`SynapticCurrent`."""
+        membrane = torch.zeros_like(current[0])
+        for step in range(steps):
+            membrane = self.beta * membrane + current[step if len(current) > 1 else 0]
+        return membrane[None]

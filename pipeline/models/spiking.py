@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hardware.surrogates import TRIANGLE, Surrogate
 from pipeline.models.graph import Layer, LayerGraph, build_module
+from pipeline.models.layers import LeakyReadout, SynapticCurrent
 from pipeline.models.tracing import TracedNetwork
 from pipeline.neurons import Leaky, Reset
 
@@ -28,8 +31,8 @@ class SpikingNetwork(nn.Module):
     """A network whose "spike" layers are (leaky) integrate-and-fire neurons.
 
     Each layer runs all T steps before the next one starts, as batch norm's statistics over batch, space and time
-    demand. Until the first spikes everything is the same at every step and is computed once. Logits are the time
-    average of the last layer.
+    demand. Until the first spikes everything is the same at every step and is computed once, unless the input changes
+    over time. Logits are the time average of the last layer, or what a leaky readout ends with.
 
     Args:
         graph: with "spike" layers and no "relu".
@@ -51,7 +54,7 @@ class SpikingNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor, surrogate: Surrogate | None = None) -> Tensor:
-        """Logits ``(samples, classes)`` of images ``(samples, *shape)`` in [0, 1].
+        """Logits ``(samples, classes)`` of images in [0, 1], ``(samples, *shape)`` or ``(samples, steps, *shape)``.
 
         Args:
             images: what to classify.
@@ -61,13 +64,15 @@ class SpikingNetwork(nn.Module):
         def apply(layer: Layer, read: Sequence[Tensor]) -> Tensor:
             return self.advance(layer.name, read, surrogate)
 
-        return self.graph.evaluate(images.unsqueeze(0), apply).mean(0)
+        return self.graph.evaluate(steps_first(images, self.graph), apply).mean(0)
 
     def advance(self, name: str, read: Sequence[Tensor], surrogate: Surrogate | None = None) -> Tensor:
         """Layer ``name`` for all steps: ``(steps or 1, samples, ...)`` in and out."""
         module = self.layers[name]
         if isinstance(module, Leaky):
             return module.sequence(read[0], self.steps, surrogate)
+        if isinstance(module, SynapticCurrent | LeakyReadout):
+            return module.sequence(read[0], self.steps)
         if len(read) > 1:
             summed: Tensor = module(*read)
             return summed
@@ -90,13 +95,22 @@ class SpikingNetwork(nn.Module):
                 )
             return activity
 
-        return self.graph.evaluate(images.unsqueeze(0), apply).mean(0), recorded
+        return self.graph.evaluate(steps_first(images, self.graph), apply).mean(0), recorded
+
+    def images(self, codes: NDArray[np.uint8]) -> Tensor:
+        """Codes ``(samples, [steps,] *shape)`` in [0, 1], as the network reads them."""
+        return torch.from_numpy(codes).float() / self.graph.max_code
 
     def neurons(self) -> Iterator[tuple[str, Leaky]]:
         """The spiking layers by name, front to back."""
         for name, module in self.layers.items():
             if isinstance(module, Leaky):
                 yield name, module
+
+
+def steps_first(images: Tensor, graph: LayerGraph) -> Tensor:
+    """Images ``(samples, [steps,] *shape)`` as ``(steps or 1, samples, *shape)``."""
+    return images.unsqueeze(0) if images.ndim == len(graph.input_shape) + 1 else images.transpose(0, 1)
 
 
 def _neurons(layer: Layer, surrogate: Surrogate) -> Leaky:

@@ -70,6 +70,7 @@ def test_gradients_do_not_need_the_type_of_the_states(rule: Surrogate | Rate, ca
     """Narrow sums and gradients beside wide states, against float64 throughout."""
     network, codes = case
     narrow, wide = image_gradient(Twin(network), codes, rule), image_gradient(Twin(network).double(), codes, rule)
+    assume(float(wide.abs().max()) > 1e-12)  # what cancels leaves rounding only
     assert relative_error(narrow, wide) < 1e-3
 
 
@@ -152,16 +153,6 @@ def test_clipped_proxy_is_the_long_run_rate_of_a_subtractive_network() -> None:
     twin = Twin(network)
     assert relative_error(twin.proxy(images, clipped=True), twin(images)) < 0.01
     assert relative_error(twin.proxy(images, clipped=False), twin(images)) > 1
-
-
-def test_proxy_refuses_leaky_neurons_by_name() -> None:
-    network = conv_network()
-    leaky = [replace(p, voltage_decay=100) for p in network.populations]
-    with pytest.raises(RuleViolations, match="do not leak") as caught:
-        Twin(replace(network, populations=tuple(leaky))).proxy(torch.zeros(1, 1, 6, 6), clipped=True)
-    assert [v.object for v in caught.value.violations] == [p.name for p in leaky if p.spiking]
-    only_readout = replace(network, populations=(*network.populations[:-1], leaky[-1]))
-    Twin(only_readout).proxy(torch.zeros(1, 1, 6, 6), clipped=True)
 
 
 def test_gradient_of_one_neuron_by_hand() -> None:
@@ -466,9 +457,10 @@ def plain_logits(network: IntegerNetwork, images: Tensor, rule: Surrogate | Rate
                 v = v * (1 - reset) if p.reset == "zero" else v - 64 * p.threshold * reset
                 activity[p.name] = spikes
             else:
-                readout = readout + total + bias
+                readout = v if p.is_leaky else readout + total + bias
             state[p.name] = (u, v)
-    return readout.flatten(1) / (network.steps * network.readout.scale)
+    unit = 64 if network.readout.is_leaky else network.steps
+    return readout.flatten(1) / (unit * network.readout.scale)
 
 
 def plain_proxy(network: IntegerNetwork, images: Tensor, clipped: bool) -> Tensor:

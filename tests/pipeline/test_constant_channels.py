@@ -10,9 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hardware.network import INPUT
-from pipeline.constant_channels import MAX_CODE, ConstantChannels, input_spec, shared_codes, split_constant
+from hardware.network import INPUT, InputSpec
+from pipeline.constant_channels import ConstantChannels, shared_codes, split_constant
 from pipeline.folding import RealSynapse
+from pipeline.models.graph import PIXEL_LEVELS
 from pipeline.number_formats import WIDE, NumberFormat, target_format
 
 Float64Array = NDArray[np.float64]
@@ -107,7 +108,7 @@ def test_kernels_lie_on_the_grid_and_a_code_less_would_not_do(
     assert np.abs(part).max() <= code * high * step * (1 + 1e-12)
     assert code == 1 or np.abs(part).max() > (code - 1) * high * step * (1 - 1e-12)
     assert np.array_equal(split.kernel[:, 0], np.rint(part / (code * step)) * step)
-    assert split.room == MAX_CODE / code
+    assert split.room == PIXEL_LEVELS / code
 
 
 @given(convs(with_anchor=True), biases(), st.floats(1, 100))
@@ -178,7 +179,7 @@ def test_given_codes_are_kept_and_their_room_is_told(synapse: RealSynapse, more:
     assert split.codes == (code,)
     assert split.smallest_codes == own.smallest_codes
     assert np.abs(split.kernel).max() <= np.abs(own.kernel).max()
-    assert split.room == (code / own.codes[0] if more else MAX_CODE / code)
+    assert split.room == (code / own.codes[0] if more else PIXEL_LEVELS / code)
     if own.codes[0] > 1:
         short = split_constant(synapse, 50.0, 2**exponent, EIGHT_BITS, np.zeros(3), SHAPE, (own.codes[0] - 1,))
         assert short.room < 1
@@ -239,7 +240,7 @@ def test_at_shared_codes_every_reader_has_room(synapses: list[RealSynapse], scal
     pairs = list(zip(synapses, scales, strict=False))
     own = [split_constant(synapse, scale, 1, EIGHT_BITS, np.zeros(3), SHAPE) for synapse, scale in pairs]
     codes = shared_codes(own)
-    assume(max(codes) <= MAX_CODE)
+    assume(max(codes) <= PIXEL_LEVELS)
     for synapse, scale in pairs:
         split = split_constant(synapse, scale, 1, EIGHT_BITS, np.zeros(3), SHAPE, codes)
         assert split.room >= 1
@@ -247,10 +248,23 @@ def test_at_shared_codes_every_reader_has_room(synapses: list[RealSynapse], scal
 
 
 def test_the_input_presents_pixels_and_then_the_codes() -> None:
-    spec = input_spec((2, 3, 3), (7, 255))
-    assert (spec.shape, spec.max_code, spec.presented_shape) == ((2, 3, 3), 255, (4, 3, 3))
+    spec = InputSpec((2, 3, 3), 255, (7, 255))
+    assert spec.presented_shape == (4, 3, 3)
     images = np.arange(36, dtype=np.uint8).reshape(2, 2, 3, 3)
     presented = spec.present(images)
     assert np.array_equal(presented[:, :2], images)
     assert (presented[:, 2] == 7).all()
     assert (presented[:, 3] == 255).all()
+
+
+def test_what_a_current_keeps_goes_through_the_channels_whatever_its_size() -> None:
+    synapse = RealSynapse(INPUT, "conv", np.ones((3, 2, 3, 3)), None, 1, 1)
+    bias = np.array([0.0, 20.0, -45.0])
+    without = split_constant(synapse, 10.0, 1, EIGHT_BITS, bias, SHAPE)
+    assert (without.codes, without.bias.tolist()) == ((), bias.tolist())
+    split = split_constant(synapse, 10.0, 1, EIGHT_BITS, bias, SHAPE, max_code=1, outlasts_step=True)
+    assert split.codes == (1,)
+    assert not split.bias.any()
+    assert split.kernel[:, 0, 1, 1].tolist() == bias.tolist()
+    too_much = split_constant(synapse, 10.0, 1, EIGHT_BITS, 10 * bias, SHAPE, max_code=1, outlasts_step=True)
+    assert too_much.room < 1

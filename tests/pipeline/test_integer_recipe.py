@@ -21,7 +21,7 @@ from pipeline.integer_recipe import (
     Grid,
     assemble,
     lies_on_the_grid,
-    require_finite,
+    require_roundable,
     round_population,
     rounding_order,
     threshold_mantissa,
@@ -255,7 +255,7 @@ def test_a_constant_part_without_a_code_of_8_bits_is_refused() -> None:
 def test_populations_with_parameters_that_are_no_numbers_are_named_all_at_once(value: float) -> None:
     """Be it a weight, a constant, a bias or a threshold."""
     first, second, third, readout = fold(spiking_network())
-    require_finite([first, second, third, readout])
+    require_roundable([first, second, third, readout])
     (pixels,) = first.synapses
     assert pixels.constant is not None
     pixels.constant[0, 0, 0] = value
@@ -263,12 +263,12 @@ def test_populations_with_parameters_that_are_no_numbers_are_named_all_at_once(v
     wrong = replace(third, threshold=value)
     readout.bias[2] = value
     with pytest.raises(RuleViolations, match=r"float network: 4 problem\(s\)") as caught:
-        require_finite([first, second, wrong, readout])
+        require_roundable([first, second, wrong, readout])
     assert [row.object for row in caught.value.violations] == [p.name for p in (first, second, third, readout)]
     assert {row.rule for row in caught.value.violations} == {"parameters are finite"}
     assert "lower learning rate" in str(caught.value)
     with pytest.raises(RuleViolations) as caught:
-        require_finite([wrong])
+        require_roundable([wrong])
     assert len(caught.value.violations) == 1
 
 
