@@ -53,6 +53,10 @@ def nir_violations(network: IntegerNetwork) -> list[Violation]:
     """What NIR cannot hold."""
     problems = float32_violations(network)
     for population in network.populations:
+        if population.current_decay != DECAY_UNITY and population.bias.any():
+            rule = "bias enters with the synapses, whose current decays"
+            remedy = "give it to a neuron that always spikes"
+            problems.append(Violation(population.name, rule, "past the current", "no bias", remedy))
         if population.spiking and population.reset != "zero":
             rule = "neuron resets to zero; NIR has no other reset"
             problems.append(Violation(population.name, rule, population.reset, "zero", "quantise with reset zero"))
@@ -105,7 +109,7 @@ def build_graph(network: IntegerNetwork, profile: NirProfile, saturation: str) -
         layout.output: nir.Output({"output": np.array(network.readout.shape)}),
     }
     for population in record.populations:
-        if population.spiking:
+        if population.name in layout.populations:
             kind, fields = neuron_node(profile, population)
             nodes[layout.populations[population.name]] = getattr(nir, kind)(**fields)
     carries_bias = {network.incoming(p.name)[0].target: network.incoming(p.name)[0] for p in network.populations}

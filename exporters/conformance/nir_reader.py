@@ -78,6 +78,10 @@ class NirReader:
         """
         version = self.version
         require_plain_hdf5(path)
+        if network.readout.is_leaky:
+            rule, remedy = "importer knows every node", "read it with our own interpreter"
+            row = Violation(network.readout.name, rule, "CubaLI", "no CubaLI", remedy)
+            raise RuleViolations(f"{self.name} {version}", [row])
         presented = network.input.present(codes)
         nodes = lay_out(describe_network(network)).populations
         with tempfile.TemporaryDirectory(prefix=f"spikeguard-{self.name}-") as folder:

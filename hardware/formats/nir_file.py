@@ -49,7 +49,7 @@ def read_nir(path: Path) -> IntegerNetwork:
     if problems:
         raise RuleViolations(str(path), problems)
     for population in record.populations:
-        if population.spiking:
+        if population.name in layout.populations:
             problems += _neuron_violations(graph.nodes[layout.populations[population.name]], population, card)
     problems += _end_violations(graph, layout, card)
     shapes = {**{p.name: p.shape for p in record.populations}, INPUT: presented_shape(record)}
@@ -112,7 +112,7 @@ def _neuron_violations(node: Any, population: PopulationRecord, card: NirCard) -
     wanted, fields = neuron_node(card.profile, population)
     if type(node).__name__ != wanted:
         return [Violation(name, "neuron is its profile's", type(node).__name__, wanted, REMEDY)]
-    shape = np.asarray(node.v_threshold).shape
+    shape = np.asarray(node.r).shape
     if shape != population.shape:
         return [Violation(name, "neurons have the population's shape", str(shape), str(population.shape), REMEDY)]
     problems = []

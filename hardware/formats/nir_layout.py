@@ -2,7 +2,7 @@
 
 Each synapse is a ``Conv2d`` or ``Affine`` node (with a ``Flatten`` before it where the source has an image
 shape), each spiking population a neuron node of full per-neuron shape that bears the population's name. Edges
-into one node add up. The readout has no neuron: its synapses lead to the output.
+into one node add up. The readout has no neuron: its synapses lead to the output; one that leaks is a ``CubaLI``.
 
 Integers travel as float32. NIR fires where v > v_threshold, so the mantissa travels as ``threshold + 1/2``:
 no integer membrane lies between the two, and readers that compare with >= agree. Membranes of leaky neurons are no
@@ -56,7 +56,7 @@ class NirLayout:
     """Names of the nodes of a network, and the edges between them.
 
     Attributes:
-        populations: neuron node by population; the readout has none.
+        populations: neuron node by population; a readout that does not leak has none.
         synapses: weight node of each synapse.
         flattens: node that flattens the source of each synapse, None where nothing is to be flattened.
         edges: in the order of the synapses.
@@ -96,26 +96,31 @@ def lay_out(record: NetworkRecord) -> NirLayout:
         return wanted
 
     source_node = name(INPUT)
-    spiking = {p.name: name(p.name) for p in record.populations if p.spiking}
+    neurons = {p.name: name(p.name) for p in record.populations if p.spiking or leaks(p)}
     sink_node = name("output")
-    ends = {**spiking, INPUT: source_node}
+    ends = {**neurons, INPUT: source_node}
     shapes = {**{p.name: p.shape for p in record.populations}, INPUT: presented_shape(record)}
     synapses, flattens, edges = [], [], []
     for synapse in record.synapses:
-        source, target = ends[synapse.source], spiking.get(synapse.target, sink_node)
+        source, target = ends[synapse.source], neurons.get(synapse.target, sink_node)
         node = name(f"{synapse.source}_to_{synapse.target}")
         flatten = name(f"{node}_flatten") if synapse.kind == "dense" and len(shapes[synapse.source]) > 1 else None
         path = [source, *([flatten] if flatten else []), node, target]
         edges += list(pairwise(path))
         synapses.append(node)
         flattens.append(flatten)
-    return NirLayout(source_node, sink_node, spiking, tuple(synapses), tuple(flattens), tuple(edges))
+    edges += [(neurons[p.name], sink_node) for p in record.populations if not p.spiking and p.name in neurons]
+    return NirLayout(source_node, sink_node, neurons, tuple(synapses), tuple(flattens), tuple(edges))
+
+
+def leaks(population: PopulationRecord) -> bool:
+    """Whether any state decays or current carries over."""
+    return (population.current_decay, population.voltage_decay) != (DECAY_UNITY, 0)
 
 
 def neuron_node(profile: NirProfile, population: PopulationRecord) -> tuple[str, dict[str, NDArray[Any]]]:
     """Type and parameters of a neuron node, each of the population's full shape."""
-    leaks = (population.current_decay, population.voltage_decay) != (DECAY_UNITY, 0)
-    if profile == "if" and not leaks:
+    if profile == "if" and not leaks(population):
         constants = {"r": 1.0, "v_reset": 0.0, "v_threshold": population.threshold + 0.5}
         return "IF", {key: np.full(population.shape, value, np.float32) for key, value in constants.items()}
     # In steps; one that never ends would be no number.
@@ -128,8 +133,10 @@ def neuron_node(profile: NirProfile, population: PopulationRecord) -> tuple[str,
         "tau_mem": membrane * STEP_SECONDS,
         "r": membrane,
         "v_leak": 0.0,
-        "v_reset": 0.0,
         "w_in": synaptic,
-        "v_threshold": population.threshold + (0.0 if leaks else 0.5),
     }
-    return "CubaLIF", {key: np.full(population.shape, value, np.float64) for key, value in constants.items()}
+    if population.spiking:
+        constants |= {"v_reset": 0.0, "v_threshold": population.threshold + (0.0 if leaks(population) else 0.5)}
+    return "CubaLIF" if population.spiking else "CubaLI", {
+        key: np.full(population.shape, value, np.float64) for key, value in constants.items()
+    }

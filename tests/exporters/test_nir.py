@@ -16,7 +16,7 @@ from hardware.bounds import saturation_is_harmless
 from hardware.errors import RuleViolations
 from hardware.formats.nir_file import read_nir
 from hardware.formats.nir_layout import NirProfile
-from hardware.network import InputSpec, IntegerNetwork, Population, Synapse
+from hardware.network import DECAY_UNITY, InputSpec, IntegerNetwork, Population, Synapse
 from tests.networks import networks, random_network, same_network
 
 
@@ -27,8 +27,9 @@ def test_written_files_read_back_as_the_same_network(
     network: IntegerNetwork, tmp_path: Path, profile: NirProfile
 ) -> None:
     path = tmp_path / "model.nir"
-    if any(len(p.shape) == 3 and np.ptp(p.bias, axis=(1, 2)).any() for p in network.populations):
-        with pytest.raises(RuleViolations, match="one per channel"):
+    uneven = any(len(p.shape) == 3 and np.ptp(p.bias, axis=(1, 2)).any() for p in network.populations)
+    if uneven or any(p.current_decay != DECAY_UNITY and p.bias.any() for p in network.populations):
+        with pytest.raises(RuleViolations, match="one per channel" if uneven else "whose current decays"):
             write_nir(network, path, profile, allow_deviations=True)
     else:
         write_nir(network, path, profile, allow_deviations=True)
@@ -92,7 +93,8 @@ def test_everything_nir_readers_cannot_do_is_named_at_once(tmp_path: Path) -> No
 def test_leaky_neurons_are_refused_or_written_with_eulers_time_constants(tmp_path: Path, profile: NirProfile) -> None:
     network = random_network(np.random.default_rng(3), kind="dense", hidden=1)
     first, readout = network.populations
-    leaky = replace(network, populations=(replace(first, current_decay=1024, voltage_decay=512), readout))
+    decays, silent = {"current_decay": 1024, "voltage_decay": 512}, {"bias": np.zeros_like(first.bias)}
+    leaky = replace(network, populations=(replace(first, **decays, **silent), readout))
     with pytest.raises(RuleViolations, match="neuron is IF; readers decay in floating point"):
         write_nir(leaky, tmp_path / "m.nir", profile)
     write_nir(leaky, tmp_path / "m.nir", profile, allow_deviations=True)
@@ -114,6 +116,19 @@ def test_unproven_saturation_is_refused_or_stated(tmp_path: Path) -> None:
         write_nir(network, tmp_path / "m.nir", "if")
     write_nir(network, tmp_path / "m.nir", "if", allow_deviations=True)
     assert json.loads(nir.read(tmp_path / "m.nir").metadata["spikeguard"])["saturation"] == "possible"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("profile", ["if", "cuba"])
+def test_leaky_networks_and_their_readouts_read_back_as_they_are(
+    tmp_path: Path, profile: NirProfile, seed: int
+) -> None:
+    network = random_network(np.random.default_rng(seed), leaky=True, dag=seed % 2 == 1, conv_bias="none")
+    network = replace(network, populations=tuple(replace(p, bias=np.zeros_like(p.bias)) for p in network.populations))
+    assert network.readout.is_leaky
+    write_nir(network, tmp_path / "m.nir", profile, allow_deviations=True)
+    assert same_network(read_nir(tmp_path / "m.nir"), network)
+    assert type(nir.read(tmp_path / "m.nir").nodes[network.readout.name]).__name__ == "CubaLI"
 
 
 def _dense(
