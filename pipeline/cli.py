@@ -83,17 +83,35 @@ def run(
 
 @app.command()
 def export(
-    source: RunOrBundle,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a bundle, a run folder, or a NIR file")],
     target: Annotated[str, typer.Option("--target", help="nir, loihi, onnx or all")] = "all",
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="of the new bundle")] = Path("bundle"),
+    written_by: Annotated[
+        str | None, typer.Option(help="of a NIR file: the framework, snntorch, norse, spikingjelly or sinabs")
+    ] = None,
+    assumed: Annotated[
+        list[str] | None, typer.Option("--assume", metavar="KEY=VALUE", help="what a NIR file leaves open")
+    ] = None,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="of the weights of a NIR file")] = 8,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz with images and perhaps labels, to quantise and compare a NIR file on")
+    ] = None,
 ) -> None:
-    """Write a bundle with the files of one target (the integer network and golden traces always go with them)."""
+    """Write a bundle with the files of one target (the integer network and golden traces always go with them).
+
+    A NIR file of other software is quantised first. What NIR leaves open is asked for.
+    """
     from exporters.bundle import EXPORT_TARGETS, export_target
 
     if target not in EXPORT_TARGETS:
         _usage(f"there is no target {target!r}; choose among {', '.join(EXPORT_TARGETS)}")
     from hardware.formats.bundle import open_bundle
 
+    if source.is_file():
+        _import(source, target, folder, written_by, assumed or [], bits, data)
+        return
+    if written_by or assumed or data:
+        _usage(f"--written-by, --assume and --data are for NIR files; {source} is none")
     bundle = open_bundle(_bundle_folder(source))
     export_target(bundle, target, folder)
     _show_files(open_bundle(folder))
@@ -384,6 +402,27 @@ def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list
         timings = work.ensure(fresh=not resume)
         result = check_run(work, timings, missing)
     _conclude(result, folder)
+
+
+def _import(
+    source: Path, target: str, folder: Path, written_by: str | None, assumed: list[str], bits: int, data: Path | None
+) -> None:
+    from pipeline.importing.conventions import WRITERS
+    from pipeline.importing.deployment import import_nir
+    from pipeline.importing.tables import comparison_table, conclusion
+
+    if written_by not in (None, *WRITERS):
+        _usage(f"nothing is known of how {written_by!r} writes NIR; choose among {', '.join(WRITERS)}, or use --assume")
+    result = import_nir(source, target, folder, written_by=written_by, assumed=assumed, bits=bits, data=data)
+    _show_files(result.bundle)
+    out.print(_table(*comparison_table(result)))
+    for name, problems in result.left_out.items():
+        why = "; ".join(f"{one.object}: {one.rule}" for one in problems)
+        out.print(f"[yellow]{name} is left out, it cannot hold this network[/yellow] ({escape(why)})", highlight=False)
+    good, sentence = conclusion(result)
+    out.print(f"[{'green' if good else 'red'}]{'OK' if good else 'FAIL'}[/] {escape(sentence)}", highlight=False)
+    if not good:
+        raise typer.Exit(FAIL)
 
 
 def _bundle_folder(source: Path) -> Path:
