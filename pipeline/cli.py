@@ -419,6 +419,9 @@ def _import(
     for name, problems in result.left_out.items():
         why = "; ".join(f"{one.object}: {one.rule}" for one in problems)
         out.print(f"[yellow]{name} is left out, it cannot hold this network[/yellow] ({escape(why)})", highlight=False)
+    for row in result.rows:
+        if row.reason:
+            out.print(f"[yellow]{row.model} did not run:[/yellow] {escape(row.reason)}", highlight=False)
     good, sentence = conclusion(result)
     out.print(f"[{'green' if good else 'red'}]{'OK' if good else 'FAIL'}[/] {escape(sentence)}", highlight=False)
     if not good:

@@ -132,7 +132,8 @@ def conventions_of(file: NirFile, written_by: str | None, assumed: Sequence[str]
         limit = " or ".join(question.answers)
         if key not in answers:
             if not question.kinds or kinds & set(question.kinds):
-                remedy = f"--assume {key}=…" + ("" if written_by else ", or --written-by")
+                is_told = not written_by and any(key in known for known in WRITERS.values())
+                remedy = f"--assume {key}=…" + (", or --written-by" if is_told else "")
                 problems.append(Violation(key, question.asked, "not said in the file", limit, remedy))
             found[key] = question.answers[0]
             continue
