@@ -19,6 +19,8 @@ from hardware.files import MIB, require_file
 
 MAX_FILE_BYTES = 1024 * MIB
 MAX_DECLARED_BYTES = 2048 * MIB
+MAX_COMPRESSION, FREE_BYTES = 1032, MIB
+"""What deflate can save at most, and what may be declared without any of it being stored."""
 MAX_OBJECTS = 500_000
 MAX_STRINGS = 1_000_000
 MAX_DEPTH = 8
@@ -120,7 +122,11 @@ class _Walk:
             references = np.fromfile(self.path, STRING_REFERENCE, elements, offset=offset)
             self.strings += int(references["length"].astype(np.uint64).sum())
         else:
-            self.declared += _declared_bytes(item)
+            declared, stored = _declared_bytes(item), int(item.id.get_storage_size())
+            self.declared += declared
+            if declared > FREE_BYTES + MAX_COMPRESSION * stored:
+                actual, limit = f"{declared:,} bytes of {stored:,} stored", f"{MAX_COMPRESSION} times as much"
+                yield Violation(where, "what is declared is stored", actual, limit, REMEDY)
 
 
 def _declared_bytes(item: h5py.Dataset) -> int:
