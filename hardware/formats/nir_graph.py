@@ -225,7 +225,8 @@ def _shape(values: Any, name: str, problems: list[Violation]) -> Shape:
         found = found[1:]
     size = 1
     for axis in found:
-        size *= int(axis) if isinstance(axis, int | float) and axis == int(axis) and axis >= 1 else MAX_SIZE + 1
+        whole = isinstance(axis, int | float) and 1 <= axis <= MAX_SIZE and axis == int(axis)
+        size *= int(axis) if whole else MAX_SIZE + 1
     if not 1 <= len(found) <= 3 or size > MAX_SIZE:
         actual = str(found)[:60]
         problems.append(Violation(name, "input has 1 to 3 axes", actual, f"up to {MAX_SIZE:,} values", REMEDY))

@@ -2,9 +2,10 @@
 
 With k the share of a membrane and j that of a current that a step keeps, gains g and h, and x what enters::
 
-    i <- j i + h w_in x        v <- k v + g (r i + v_leak)        spike: v > v_threshold, or v >= v_threshold
+    i <- j i + h w_in x        v <- k v + g r i        spike: v > v_threshold, or v >= v_threshold
 
-(an ``LIF`` has i = x, an ``IF`` also k = 1). Euler's step keeps 1 - dt / tau and has the gain dt / tau, an exponential
+(an ``LIF`` has i = x, an ``IF`` also k = 1), where potentials count from v_leak, at which membranes rest, start and
+are reset. Euler's step keeps 1 - dt / tau and has the gain dt / tau, an exponential
 one exp(-dt / tau) and one minus that. A neuron is unchanged when all that enters it and its threshold are scaled
 together.
 """
@@ -47,30 +48,29 @@ def neurons_of(node: NirNode, entering: Current, conventions: Conventions) -> Ne
     Raises:
         Misfit: if its neurons are none that a chip's population can hold.
     """
-    numbers = node.numbers
-    gain, leak, alpha, beta = numbers["r"], np.zeros(()), 0.0, 1.0
+    numbers = {key: _fitting(values, entering, key) for key, values in node.numbers.items()}
+    gain, alpha, beta = numbers["r"], 0.0, 1.0
     if node.kind == "IF":
         gain = gain * (conventions.dt if conventions.if_gain == "times-dt" else 1.0)
     else:
         tau = numbers["tau_mem" if node.kind.startswith("Cuba") else "tau"]
         beta, share = _step(tau, "tau", conventions)
-        gain, leak = share * gain, share * numbers["v_leak"]
+        gain = share * gain
     if node.kind.startswith("Cuba"):
         alpha, share = _step(numbers["tau_syn"], "tau_syn", conventions)
         gain = gain * numbers["w_in"] * (share if conventions.synapse_gain == "decay" else 1.0)
-        if leak.any() and alpha:
-            raise Misfit("v_leak is zero where a current decays", leak.max(), "0", "move it to the threshold")
-    current = _scaled(entering, gain)
-    if leak.any():
-        bias = current.bias + per_row(current, _fitting(leak, current, "v_leak"), "v_leak")
-        current = Current(current.synapses, bias, current.shape, current.bases)
+    current = entering.scaled(per_row(entering, gain, "gain"))
+    rest, reset = (numbers.get(name, np.zeros(())) for name in ("v_leak", "v_reset"))
+    if (rest != reset).any():
+        actual = f"v_leak {rest.max():g}, v_reset {reset.max():g}"
+        remedy = "shift the potentials: NIR does not say where membranes start"
+        raise Misfit("membranes rest where they are reset", actual, "equal", remedy)
     if node.kind in ("LI", "CubaLI"):
         return NeuronLayer(current, None, alpha, beta)
-    if numbers["v_reset"].any():
-        raise Misfit("membranes reset to zero", numbers["v_reset"].max(), "v_reset 0", "shift the potentials")
-    thresholds = per_row(current, _fitting(numbers["v_threshold"], current, "v_threshold"), "threshold")
+    thresholds = per_row(current, numbers["v_threshold"] - rest, "threshold")
     if (thresholds <= 0).any():
-        raise Misfit("threshold is positive", thresholds.min(), "above 0", "such a neuron always spikes")
+        remedy = "such a neuron always spikes"
+        raise Misfit("threshold is above the potential at rest", thresholds.min(), "above 0", remedy)
     # A power of two rounds nothing, and small thresholds would be clamped.
     enlarged = 2.0 ** max(0, math.ceil(math.log2(2 * MIN_THRESHOLD / thresholds.max())))
     threshold = float(thresholds.max()) * enlarged
@@ -96,10 +96,6 @@ def _level(threshold: float, conventions: Conventions) -> float:
     """The threshold of neurons that spike at theirs: above a number is at the next one, in float32."""
     level = np.float32(threshold)
     return float(np.nextafter(level, np.float32(np.inf)) if conventions.comparison == "above" else level)
-
-
-def _scaled(current: Current, gain: Float64Array) -> Current:
-    return current.scaled(per_row(current, _fitting(gain, current, "r"), "gain"))
 
 
 def _fitting(values: Float64Array, current: Current, name: str) -> Float64Array:
