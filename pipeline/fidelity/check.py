@@ -15,6 +15,7 @@ import numpy as np
 
 from hardware.bounds import prove
 from hardware.emulator import run_emulator
+from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, to_images
@@ -29,6 +30,7 @@ from pipeline.fidelity.page import SCHEMA, GalleryItem
 from pipeline.fidelity.resources import energy_row, placement_row
 from pipeline.fidelity.wording import percent
 from pipeline.models.float_file import load_float
+from pipeline.models.graph import PIXEL_LEVELS
 
 GALLERY_ITEMS = 8
 SOFTWARE = ("spikeguard", "torch", "snntorch", "numpy", "numba", "nir", "onnx", "onnxruntime", "scikit-learn")
@@ -95,6 +97,7 @@ def run_check(
         RuntimeFailedError: if a requested runtime did not finish.
         SpikeguardError: if a file of the bundle is not what it should be.
     """
+    _require_pixels(bundle)
     attribution = attribution_rows(bundle)
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
@@ -153,6 +156,15 @@ def run_check(
         "reproduce": circumstances.reproduce,
     }
     return CheckResult(report, _gallery(images, crafted, targets))
+
+
+def _require_pixels(bundle: Bundle) -> None:
+    """Refuse a network whose inputs the attacks' budgets do not fit."""
+    if bundle.network.input.max_code != PIXEL_LEVELS:
+        raise SpikeguardError(
+            f"{bundle.path} reads codes up to {bundle.network.input.max_code}; attacks here change 8-bit pixels, "
+            "so its robustness cannot be checked"
+        )
 
 
 def conclude(

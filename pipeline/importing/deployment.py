@@ -22,6 +22,8 @@ from hardware.network import InputSpec, IntegerNetwork
 from hardware.runtimes.opening import FILES, open_runtime
 from hardware.trace import compare_traces
 from pipeline.attribution import compare
+from pipeline.config import portable_settings
+from pipeline.data.dataset import Dataset, digest_of
 from pipeline.importing.conventions import conventions_of
 from pipeline.importing.networks import network_of
 from pipeline.importing.samples import Codes, Samples, draw_samples, read_samples
@@ -145,6 +147,9 @@ def _deploy(
     models = [name for name in EXPORT_TARGETS[target] if name not in left_out]
     if not models:
         raise RuleViolations(f"files for {target}", [row for rows in left_out.values() for row in rows])
+    if samples.config is not None and samples.labels is not None:
+        test = Dataset(samples.test, samples.labels)
+        facts = {**facts, "config": portable_settings(samples.config), "test_split": digest_of(test)}
     write_bundle(
         folder,
         deployed,

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import read_arrays
 from hardware.network import InputSpec
+from pipeline.config import Config, DataConfig
+from pipeline.data.loading import load_splits
 
 Codes = NDArray[np.uint8]
 MAX_CALIBRATION = 512
@@ -27,16 +29,18 @@ class Samples:
         calibration, test: codes ``(samples, [steps,] *shape)``.
         labels: of the test inputs; None if there are none.
         source: where they come from, for reports.
+        config: with which a fidelity check finds the same test images; None if it cannot attack such inputs.
     """
 
     calibration: Codes
     test: Codes
     labels: NDArray[np.int64] | None
     source: str
+    config: Config | None = None
 
 
 def read_samples(path: Path, spec: InputSpec, steps: int, seed: int) -> Samples:
-    """Inputs from an .npz: ``images`` and perhaps ``labels``, in seeded random order, the first half to calibrate on.
+    """Inputs from an .npz: ``images`` and perhaps ``labels``, in seeded random order, half of them to compare on.
 
     Images are ``(samples, [steps,] *shape)`` in any arrangement of the axes of a sample that has its size: uint8
     codes, booleans, or numbers in [0, 1], which are rounded to codes.
@@ -56,6 +60,8 @@ def read_samples(path: Path, spec: InputSpec, steps: int, seed: int) -> Samples:
         problems.append(Violation("labels", "one integer per sample", actual, limit, "save one label per image"))
     if problems:
         raise RuleViolations(str(path), problems)
+    if labels is not None and arrays["images"].dtype == np.uint8 and arrays["images"].shape[1:] == spec.shape:
+        return _split(path, labels, seed)
     order = np.random.default_rng(seed).permutation(len(codes))
     half = len(codes) // 2
     return Samples(
@@ -64,6 +70,15 @@ def read_samples(path: Path, spec: InputSpec, steps: int, seed: int) -> Samples:
         None if labels is None else labels.astype(np.int64)[order[half:]],
         path.name,
     )
+
+
+def _split(path: Path, labels: NDArray[Any], seed: int) -> Samples:
+    """Images as a data set of one's own, whose test part a fidelity check attacks."""
+    classes, images = len(np.unique(labels)), len(labels)
+    data = DataConfig(name="npz", path=str(path), validation=max(classes, images // 10), test=max(classes, images // 2))
+    splits = load_splits(data, seed)
+    codes = splits.train.codes[:MAX_CALIBRATION]
+    return Samples(codes, splits.test.codes, splits.test.labels, path.name, Config(seed=seed, data=data))
 
 
 def draw_samples(spec: InputSpec, steps: int, seed: int) -> Samples:

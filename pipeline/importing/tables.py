@@ -26,11 +26,16 @@ def conclusion(result: Imported) -> tuple[bool, str]:
             parts.append(f"{row.argmax_flips} of {row.samples} samples change their class by quantising")
     if result.bound is not None:
         parts.append(f"accuracy falls by at most {max(0.0, -result.bound):.1%} (one-sided, {CONFIDENCE:.0%})")
+    config = result.samples.config
+    if config is not None:
+        parts.append(f"attack both: spikeguard fidelity {result.bundle.path} --set data.path={config.data.path}")
     return True, "; ".join(parts)
 
 
 def _cells(row: ComparisonRow) -> tuple[str, ...]:
-    accuracy = "" if row.accuracy is None else "{:.1%} ({:.1%} .. {:.1%})".format(*row.accuracy)
+    accuracy = (
+        "" if row.accuracy is None else "{:.1f} % ({:.1f} – {:.1f})".format(*(100 * part for part in row.accuracy))
+    )
     flips = f"{row.argmax_flips:,}" if row.reference else ""
     return row.model, f"{row.samples:,}", *_differences(row), flips, accuracy
 

@@ -20,12 +20,14 @@ from hardware.formats.verify import verify_bundle
 from hardware.reference import run_reference
 from hardware.twin import Twin
 from pipeline.cli import main
+from pipeline.config import override_config
 from pipeline.importing.conventions import Conventions
 from pipeline.importing.deployment import INTEGERS, READ, import_nir
 from pipeline.importing.networks import network_of
 from pipeline.importing.tables import comparison_table, conclusion
 from pipeline.mapping import STATE_LIMIT, map_wide
 from pipeline.models.spiking import SpikingNetwork
+from pipeline.run import Run, require_same_test_split
 from tests.networks import random_network, same_network
 
 STEPS = 6
@@ -149,6 +151,18 @@ def test_inputs_over_time_and_labels_from_a_file(tmp_path: Path) -> None:
     assert -0.5 < result.bound < 0
     assert "accuracy falls by at most" in conclusion(result)[1]
     assert comparison_table(result).rows[0][0] == READ
+
+
+def test_labelled_pixels_leave_a_bundle_whose_test_images_a_fidelity_check_finds(tmp_path: Path) -> None:
+    path, rng = leaky_graph(tmp_path / "m.nir"), np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (60, 2, 6, 6)).astype(np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    result = import_nir(path, "nir", tmp_path / "b", assumed=(*SAID, "input=pixels"), data=tmp_path / "data.npz")
+    provenance = result.bundle.manifest.provenance
+    config = override_config(provenance["config"], (f"data.path={tmp_path / 'data.npz'}",), "bundle")
+    require_same_test_split(result.bundle, Run(config, tmp_path, "").data.test)
+    assert (result.samples.test == Run(config, tmp_path, "").data.test.codes).all()
+    assert "spikeguard fidelity" in conclusion(result)[1]
 
 
 def test_files_that_cannot_hold_the_network_are_left_out_or_all_refused(tmp_path: Path) -> None:
