@@ -1,7 +1,8 @@
 """Writes a network as ONNX graphs of integers held in float32: unrolled over the steps, and as a single step.
 
 State is kept in state units (64 per weight unit), as in the reference: weights and biases are multiplied by
-64 when written, and saturation is one Clip. Why every spike, membrane and readout is then exact in float32,
+64 when written. Saturation is one Clip: in the unrolled graph where a membrane is not proven to stay within 24 bits
+over its T steps, in the single step always. Why every spike, membrane and readout is then exact in float32,
 whatever the order in which a runtime adds:
 
 - Input codes, spikes and weights are small integers. A step's drive ``64 (sum w s + b)`` and all its partial
@@ -18,28 +19,16 @@ Only ``logits`` are rounded: they are the exact integer readout divided by ``T *
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from exporters.magnitudes import float32_violations, largest_sums
-from hardware.bounds import FLOAT32_INTEGERS
+from exporters.onnx_graph import STATE_UNIT, NetworkGraph
+from hardware.bounds import FLOAT32_INTEGERS, prove
 from hardware.errors import RuleViolations, Violation
-from hardware.files import write_bytes
-from hardware.network import FRACTION_BITS, INPUT, STATE_LIMIT, IntegerNetwork, Population, Shape, Synapse
-
-OPSET = 17
-IR_VERSION = 8
-STATE_UNIT = 1 << FRACTION_BITS
-METADATA_KEY = "spikeguard.semantics"
-KIND_KEY = "spikeguard.graph"
-STEPS_KEY = "spikeguard.steps"
-BATCH = "N"
+from hardware.network import FRACTION_BITS, INPUT, STATE_LIMIT, IntegerNetwork, Population, Synapse
 
 
 def write_onnx(network: IntegerNetwork, path: Path) -> None:
@@ -52,6 +41,7 @@ def write_onnx(network: IntegerNetwork, path: Path) -> None:
     """
     _refuse([*onnx_violations(network), *float32_violations(network, {network.readout.name})])
     graph = _Graph(network)
+    saturates = {row.population: row.can_saturate for row in prove(network)}
     static = {p.name: graph.static_drive(p) for p in network.populations[:-1]}
     membranes: dict[str, str] = {}
     counts: dict[str, str] = {}
@@ -62,7 +52,7 @@ def write_onnx(network: IntegerNetwork, path: Path) -> None:
         for population in network.populations[:-1]:
             name = population.name
             drive = graph.drive(population, spikes, static[name])
-            fired, membranes[name] = graph.neuron(population, drive, membranes.get(name))
+            fired, membranes[name] = graph.neuron(population, drive, membranes.get(name), saturates[name])
             spikes[name] = graph.add("Cast", fired, to=TensorProto.FLOAT, out=f"{name}/spikes")
             if name in read:
                 counts[name] = graph.total([counts[name], spikes[name]]) if name in counts else spikes[name]
@@ -91,7 +81,8 @@ def write_step_onnx(network: IntegerNetwork, path: Path) -> None:
         graph.declare_input(f"membrane_{name}", TensorProto.FLOAT, population.shape)
         graph.declare_output(f"next_membrane_{name}", TensorProto.FLOAT, population.shape)
         drive = graph.drive(population, spikes, graph.static_drive(population))
-        fired, after = graph.neuron(population, drive, f"membrane_{name}")
+        # It may be run for more steps than any proof is of, or from any state.
+        fired, after = graph.neuron(population, drive, f"membrane_{name}", saturates=True)
         graph.rename(after, f"next_membrane_{name}")
         if population.spiking:
             graph.declare_output(f"spikes_{name}", TensorProto.BOOL, population.shape)
@@ -122,59 +113,11 @@ def _refuse(problems: list[Violation]) -> None:
         raise RuleViolations("ONNX", problems)
 
 
-class _Graph:
-    """Collects nodes and initialisers; value names carry the step and the population they belong to."""
+class _Graph(NetworkGraph):
+    """Integers held in float32."""
 
     def __init__(self, network: IntegerNetwork) -> None:
-        self.network = network
-        self.prefix = "input/"
-        self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, onnx.TensorProto] = {}
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
-        self._used: set[str] = set()
-        self.declare_input("image", TensorProto.UINT8, network.input.shape)
-        self.declare_output("readout", TensorProto.INT32, (network.classes,))
-        self.declare_output("logits", TensorProto.FLOAT, (network.classes,))
-        self._presented = self._present()
-
-    def declare_input(self, name: str, kind: int, shape: Shape) -> None:
-        """Add a graph input ``(N, *shape)``."""
-        self._inputs.append(helper.make_tensor_value_info(name, kind, [BATCH, *shape]))
-
-    def declare_output(self, name: str, kind: int, shape: Shape) -> None:
-        """Add a graph output ``(N, *shape)``; a node must produce a value of that name."""
-        self._outputs.append(helper.make_tensor_value_info(name, kind, [BATCH, *shape]))
-
-    def constant(self, name: str, values: NDArray[Any] | np.float32) -> str:
-        """An initialiser; the same name is stored once."""
-        if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
-        return name
-
-    def add(self, operator: str, *inputs: str, out: str, **attributes: Any) -> str:
-        """Add a node with one output, named after the step and ``out``; returns that name."""
-        value = f"{self.prefix}{out}"
-        suffix = 1
-        while value in self._used:
-            suffix += 1
-            value = f"{self.prefix}{out}_{suffix}"
-        self._used.add(value)
-        self._nodes.append(helper.make_node(operator, list(inputs), [value], name=value, **attributes))
-        return value
-
-    def rename(self, value: str, output: str) -> None:
-        """Give a value the name of a graph output, wherever it is used."""
-        for node in self._nodes:
-            node.input[:] = [output if name == value else name for name in node.input]
-            node.output[:] = [output if name == value else name for name in node.output]
-
-    def total(self, values: list[str], out: str = "sum") -> str:
-        """The values added up, one Add at a time."""
-        result = values[0]
-        for value in values[1:]:
-            result = self.add("Add", result, value, out=out)
-        return result
+        super().__init__(network, TensorProto.FLOAT)
 
     def static_drive(self, population: Population) -> str | None:
         """What enters a population equally at every step: its bias, and all it reads from the input.
@@ -187,7 +130,7 @@ class _Graph:
         if not from_input:
             return None if rides else self._bias_constant(population)
         parts = [
-            self.synapse(s, self._presented, population if rides and index == 0 else None)
+            self.synapse(s, self.presented, population if rides and index == 0 else None)
             for index, s in enumerate(from_input)
         ]
         if not rides:
@@ -213,9 +156,8 @@ class _Graph:
             per_row = bias_of.bias.reshape(bias_of.shape[0], -1)[:, 0]
             operands.append(self.constant(f"bias/{bias_of.name}", (unit * per_row).astype(np.float32)))
         if synapse.kind == "dense":
-            if len(self.network.source_shape(synapse)) > 1:
-                source = self.add("Flatten", source, out=f"{label}/flat", axis=1)
-            return self.add("Gemm", source, *operands, out=label, transB=1)
+            flat = self.flat(source, self.network.source_shape(synapse), f"{label}/flat")
+            return self.add("Gemm", flat, *operands, out=label, transB=1)
         return self.add(
             "Conv",
             source,
@@ -226,13 +168,14 @@ class _Graph:
             pads=[synapse.padding] * 4,
         )
 
-    def neuron(self, population: Population, drive: str, before: str | None) -> tuple[str, str]:
+    def neuron(self, population: Population, drive: str, before: str | None, saturates: bool) -> tuple[str, str]:
         """One step of a population: names of its spikes (bool) and of its membrane after reset."""
         name = population.name
-        limit = np.float32(STATE_LIMIT)
-        total = drive if before is None else self.add("Add", before, drive, out=f"{name}/integrated")
-        low, high = self.constant("state/lowest", -limit), self.constant("state/highest", limit)
-        clipped = self.add("Clip", total, low, high, out=f"{name}/membrane")
+        clipped = drive if before is None else self.add("Add", before, drive, out=f"{name}/integrated")
+        if saturates:
+            limit = np.float32(STATE_LIMIT)
+            low, high = self.constant("state/lowest", -limit), self.constant("state/highest", limit)
+            clipped = self.add("Clip", clipped, low, high, out=f"{name}/membrane")
         if not population.spiking:
             return "", clipped
         mantissa = np.float32(population.threshold << FRACTION_BITS)
@@ -250,52 +193,23 @@ class _Graph:
         parts = []
         for synapse in self.network.incoming(readout.name):
             from_input = synapse.source == INPUT
-            part = self.synapse(synapse, self._presented if from_input else counts[synapse.source], None, unit=1)
+            part = self.synapse(synapse, self.presented if from_input else counts[synapse.source], None, unit=1)
             if from_input:
                 part = self.add("Mul", part, self.constant("readout/steps", np.float32(steps)), out="repeated")
             parts.append(part)
         bias = (steps * readout.bias[np.newaxis]).astype(np.float32)
         total = self.total([*parts, self.constant(f"bias/{readout.name}", bias)], out="total")
-        self._emit_readout(self.add("Cast", total, to=TensorProto.INT32, out="integer"))
+        integers = self.add("Cast", total, to=TensorProto.INT32, out="integer")
+        self.emit_readout(self.flat(integers, readout.shape))
 
     def readout_from_drive(self, drive: str) -> None:
         """Readout so far: what earlier steps summed, plus this step's drive."""
         self.declare_input("readout_before", TensorProto.INT32, (self.network.classes,))
         unit = self.constant("state/per_weight_unit", np.float32(1 / STATE_UNIT))
         increment = self.add("Mul", drive, unit, out="increment")
-        increment = self.add("Cast", self._flat(increment), to=TensorProto.INT32, out="integer")
-        self._emit_readout(self.add("Add", "readout_before", increment, out="so_far"), flatten=False)
-
-    def save(self, path: Path, kind: str) -> None:
-        """Check the model and write it atomically."""
-        graph = helper.make_graph(
-            self._nodes, f"spikeguard_{kind}", self._inputs, self._outputs, list(self._initializers.values())
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="spikeguard",
-        )
-        card = json.dumps(self.network.semantics_card(), sort_keys=True)
-        properties = {METADATA_KEY: card, KIND_KEY: kind, STEPS_KEY: str(self.network.steps)}
-        helper.set_model_props(model, properties)
-        onnx.checker.check_model(model, full_check=True)
-        write_bytes(path, model.SerializeToString(deterministic=True))
-
-    def _present(self) -> str:
-        """The image as float32, with the constant channels appended."""
-        spec = self.network.input
-        image = self.add("Cast", "image", to=TensorProto.FLOAT, out="codes")
-        if not spec.constant_codes:
-            return image
-        codes = np.array(spec.constant_codes, np.float32).reshape(1, -1, *(1,) * (len(spec.shape) - 1))
-        planes = np.broadcast_to(codes, (1, len(spec.constant_codes), *spec.shape[1:]))
-        batch = self.add("Shape", "image", out="batch", start=0, end=1)
-        ones = self.constant("input/ones", np.ones(len(spec.shape), np.int64))
-        shape = self.add("Concat", batch, ones, out="shape", axis=0)
-        expanded = self.add("Expand", self.constant("input/constant_codes", planes), shape, out="constant")
-        return self.add("Concat", image, expanded, out="presented", axis=1)
+        increment = self.flat(increment, self.network.readout.shape)
+        increment = self.add("Cast", increment, to=TensorProto.INT32, out="integer")
+        self.emit_readout(self.add("Add", "readout_before", increment, out="so_far"))
 
     def _bias_rides_along(self, population: Population) -> bool:
         """Whether the bias is one value per channel (or neuron), which Conv and Gemm take as their own."""
@@ -304,13 +218,3 @@ class _Graph:
     def _bias_constant(self, population: Population) -> str:
         values = (STATE_UNIT * population.bias[np.newaxis]).astype(np.float32)
         return self.constant(f"bias/{population.name}", values)
-
-    def _flat(self, value: str) -> str:
-        return self.add("Flatten", value, out="flat", axis=1) if len(self.network.readout.shape) > 1 else value
-
-    def _emit_readout(self, integers: str, *, flatten: bool = True) -> None:
-        self.rename(self._flat(integers) if flatten else integers, "readout")
-        real = self.add("Cast", "readout", to=TensorProto.FLOAT, out="real")
-        divisor = np.float32(self.network.steps * self.network.readout.scale)
-        logits = self.add("Div", real, self.constant("readout/steps_times_scale", divisor), out="logits")
-        self.rename(logits, "logits")

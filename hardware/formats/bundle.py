@@ -33,6 +33,7 @@ NIR_CUBA_FILE = "model.cuba.nir"
 NETX_FILE = "model.net"
 ONNX_FILE = "model.onnx"
 ONNX_STEP_FILE = "model.step.onnx"
+ONNX_INT8_FILE = "model.int8.onnx"
 REQUIRED_FILES = (JSON_FILE, ARRAYS_FILE, GOLDEN_FILE)
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REMEDY = "bundles are never edited; export it again or fetch an intact copy"

@@ -36,6 +36,7 @@ class OnnxRuntime:
         step_path: of the single step (``model.step.onnx``); needed for traces and for inputs that change
             over time.
         threads: of one operator; 1 is fastest for small nets on shared cores.
+        kind: of the unrolled graph; "int8" for ``model.int8.onnx``.
 
     Raises:
         SpikeguardError: if onnxruntime is not installed, or a model is missing, too large, damaged, refers to
@@ -44,8 +45,8 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, step_path: Path | None = None, threads: int = 1) -> None:
-        self._unrolled = load_model(path, "unrolled", threads)
+    def __init__(self, path: Path, step_path: Path | None = None, threads: int = 1, kind: str = "unrolled") -> None:
+        self._unrolled = load_model(path, kind, threads)
         self._step = None if step_path is None else load_model(step_path, "step", threads)
         self.version = str(_onnxruntime().__version__)
 
