@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from exporters.netx import write_netx
 from exporters.nir import write_nir
 from exporters.onnx import write_onnx, write_step_onnx
+from exporters.onnx_int8 import write_int8_onnx
 from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import atomic_folder, sha256_of, write_arrays, write_bytes, write_json
 from hardware.formats.bundle import (
     FILE_NAME,
+    FLOAT_GOLDEN_FILE,
     GOLDEN_FILE,
     GOLDEN_INPUTS,
     MANIFEST_FILE,
@@ -27,6 +29,8 @@ from hardware.formats.bundle import (
     NIR_CUBA_FILE,
     NIR_FILE,
     ONNX_FILE,
+    ONNX_FLOAT_FILE,
+    ONNX_INT8_FILE,
     ONNX_STEP_FILE,
     REQUIRED_FILES,
     Bundle,
@@ -45,15 +49,19 @@ MODEL_WRITERS: Mapping[str, Callable[[IntegerNetwork, Path], None]] = {
     NETX_FILE: write_netx,
     ONNX_FILE: write_onnx,
     ONNX_STEP_FILE: write_step_onnx,
+    ONNX_INT8_FILE: write_int8_onnx,
 }
 MODEL_FILES = tuple(MODEL_WRITERS)
 EXPORT_TARGETS: Mapping[str, tuple[str, ...]] = {
     "nir": (NIR_FILE, NIR_CUBA_FILE),
     "loihi": (NIR_FILE, NETX_FILE),
-    "onnx": (ONNX_FILE, ONNX_STEP_FILE),
+    "onnx": (ONNX_FILE, ONNX_STEP_FILE, ONNX_INT8_FILE),
     "all": MODEL_FILES,
 }
 """Model files by the name of a deployment target; Lava's processes are built from the NIR file."""
+FLOAT_ONNX_TARGETS = ("onnx", "all")
+"""Targets that ``FLOAT_ONNX_FILES`` belong to, which are made of the float SNN and handed over ready made."""
+FLOAT_ONNX_FILES = (ONNX_FLOAT_FILE, FLOAT_GOLDEN_FILE)
 
 
 def write_bundle(
@@ -113,24 +121,25 @@ def refusals(network: IntegerNetwork) -> dict[str, tuple[Violation, ...]]:
     return refused
 
 
-def export_target(bundle: Bundle, target: str, folder: Path) -> None:
+def export_target(bundle: Bundle, target: str, folder: Path, float_onnx: Mapping[str, bytes]) -> None:
     """A new bundle of the same network with the model files of one of ``EXPORT_TARGETS``.
 
     Args:
         bundle: stays as it is; its golden inputs and its other files (the float SNN) go into the new one.
         target: a key of ``EXPORT_TARGETS``.
         folder: of the new bundle.
+        float_onnx: contents of ``FLOAT_ONNX_FILES``, for the targets that have them and bundles with a float SNN.
 
     Raises:
         RuleViolations: everything that the target's formats cannot hold.
     """
-    own = {*REQUIRED_FILES, *MODEL_FILES}
+    own = {*REQUIRED_FILES, *MODEL_FILES, *FLOAT_ONNX_FILES}
     others = {name: bundle.file(name).read_bytes() for name in bundle.manifest.files if name not in own}
     write_bundle(
         folder,
         bundle.network,
         golden_codes=bundle.golden.codes,
-        float_model_files=others,
+        float_model_files={**others, **float_onnx},
         provenance=bundle.manifest.provenance,
         models=EXPORT_TARGETS[target],
     )
@@ -169,9 +178,10 @@ def _check_request(
         actual = f"{golden_codes.dtype} {golden_codes.shape}"
         rule = "golden inputs are 8-bit codes"
         problems.append(Violation("golden inputs", rule, actual, "uint8, 1 or more", "give some images as codes"))
-    if golden_codes.ndim == len(network.input.shape) + 2 and ONNX_FILE in models:
+    unrolled = sorted({ONNX_FILE, ONNX_INT8_FILE} & set(models))
+    if golden_codes.ndim == len(network.input.shape) + 2 and unrolled:
         rule = "the unrolled graph takes one image per sample"
-        remedy = f"leave out {ONNX_FILE}, {ONNX_STEP_FILE} takes inputs that change over time"
+        remedy = f"leave out {', '.join(unrolled)}; {ONNX_STEP_FILE} takes inputs that change over time"
         problems.append(Violation("golden inputs", rule, str(golden_codes.shape), "(samples, *shape)", remedy))
     if problems:
         raise RuleViolations("bundle", problems)

@@ -27,6 +27,7 @@ from pipeline.conversion import calibrate, convert, later_in_block
 from pipeline.data import Dataset, digest_of
 from pipeline.finetuning import finetune
 from pipeline.models.float_file import float_files, holds_spiking, load_float, load_rate
+from pipeline.models.float_onnx import float_onnx_files
 from pipeline.models.spiking import RateNetwork, SpikingNetwork, rebuild
 from pipeline.models.tracing import trace_network
 from pipeline.models.zoo import NETWORKS, build
@@ -266,7 +267,8 @@ def export_bundle(run: Run, folder: Path) -> None:
     clean = run.data.validation.codes[: GOLDEN_IMAGES // 2]
     budget = budget_of(run.config.fidelity.epsilon)
     noisy = random_noise(clean, np.arange(len(clean)), budget=budget, seed=run.config.seed)
-    network = load_network(run.result("quantize"))
+    golden = np.concatenate([clean, noisy])
+    trained, network = load_float(run.result("finetune")), load_network(run.result("quantize"))
     refused = refusals(network)
     needed = {file for name in run.config.fidelity.runtimes for file in FILES.get(name, ())}
     if broken := [problem for name in sorted(needed & refused.keys()) for problem in refused[name]]:
@@ -277,8 +279,8 @@ def export_bundle(run: Run, folder: Path) -> None:
     write_bundle(
         folder,
         network,
-        golden_codes=np.concatenate([clean, noisy]),
-        float_model_files=float_files(load_float(run.result("finetune"))),
+        golden_codes=golden,
+        float_model_files={**float_files(trained), **float_onnx_files(trained, golden)},
         provenance={
             "config": portable_settings(run.config),
             "data": run.config.data.name,

@@ -4,6 +4,8 @@ NIR has no word for the 24 bits in which the reference's membranes saturate, and
 saturate. Their spikes and readouts are held against the reference as it is, their membranes against those of the
 reference without that limit; how often it clips is told beside them. They also decay in floating point, so of a
 network that leaks they are shown how far they deviate, and no more.
+
+The float SNN's file is held against the network as trained, and what rounding explains is told beside it.
 """
 
 from __future__ import annotations
@@ -25,9 +27,19 @@ from exporters.conformance.norse_reader import NORSE
 from exporters.conformance.snntorch_reader import SNNTORCH
 from exporters.conformance.spikingjelly_reader import SPIKINGJELLY
 from hardware.errors import Missing, RuleViolations, SpikeguardError
-from hardware.formats.bundle import NETX_FILE, NIR_CUBA_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, Bundle, Golden
+from hardware.formats.bundle import (
+    NETX_FILE,
+    NIR_CUBA_FILE,
+    NIR_FILE,
+    ONNX_FILE,
+    ONNX_FLOAT_FILE,
+    ONNX_INT8_FILE,
+    ONNX_STEP_FILE,
+    Bundle,
+    Golden,
+)
 from hardware.formats.verify import READERS as OWN_READERS
-from hardware.formats.verify import Run
+from hardware.formats.verify import Run, judge_float
 from hardware.network import STATE_LIMIT, IntegerNetwork
 from hardware.reference import run_reference
 from hardware.runtimes.opening import open_runtime
@@ -40,7 +52,8 @@ REASON_WIDTH = 60
 class Outcome(StrEnum):
     """What came of one file in one reader.
 
-    DEVIATES: it differs, as it may: the network leaks, and the reader decays in floating point.
+    DEVIATES: it differs, as it may: the network leaks, and the reader decays in floating point; or the file is the
+        float SNN's, and rounding explains how it differs from the network as trained.
     REFUSED: the format cannot hold this network, or the reader would not compute what the file says.
     MISSING: the reader is not installed, or the bundle does not have the file though it could.
     FAILED: the reader ended with an error.
@@ -63,10 +76,11 @@ class ConformanceRow:
         samples: that each process ran.
         processes: fresh ones, one after the other.
         mismatched_spikes, mismatched_membranes, mismatched_readouts: values that differ from the reference's; None
-            where the reader does not expose them.
+            where the reader does not expose them. Of the float SNN: spikes and logits that differ from the trained
+            network's by more than rounding explains.
         clipped_membranes: of the reference, in one process, where the reader does not saturate.
         seconds: reading and running, starting the processes included.
-        reason: why there is nothing to count; empty where there is.
+        reason: why there is nothing to count, or what rounding changed; else empty.
     """
 
     file: str
@@ -88,13 +102,14 @@ class Reader:
     """One file and what reads it.
 
     Attributes:
+        run: leaves a trace; None for the float SNN, whose file is judged as a whole.
         is_framework: that reads NIR; it runs in several processes, as its order of evaluation may depend on hashes,
             and its membranes neither saturate nor decay in integers.
     """
 
     file: str
     name: str
-    run: Run
+    run: Run | None
     is_framework: bool = False
 
 
@@ -126,37 +141,62 @@ def _expect(network: IntegerNetwork, codes: NDArray[np.uint8]) -> Expectation:
 
 def _row(reader: Reader, bundle: Bundle, expected: Expectation, processes: int) -> ConformanceRow:
     start = time.perf_counter()
-    version, differences, reason = None, [], ""
-    golden = expected.golden
-    trace_expected = expected.unlimited if reader.is_framework else golden.trace
     try:
         _require_file(bundle, reader.file)
-        for _ in range(processes):
-            trace, version = reader.run(bundle, golden)
-            differences.append(compare_traces(trace_expected, trace))
-        may_deviate = reader.is_framework and any(p.is_leaky for p in bundle.network.populations)
-        differs = Outcome.DEVIATES if may_deviate else Outcome.DIFFERS
-        outcome = Outcome.EQUAL if all(difference.equal for difference in differences) else differs
+        found = _read_float(bundle, expected) if reader.run is None else _read(reader, bundle, expected, processes)
     except SpikeguardError as error:
-        outcome, reason, version, differences = _outcome(error), _reason(error), None, []
+        found = _Found(_outcome(error), _reason(error))
     return ConformanceRow(
         reader.file,
         reader.name,
-        version,
-        len(golden.codes),
+        found.version,
+        len(expected.golden.codes),
         processes,
-        *_totals(differences),
-        expected.clipped if differences and reader.is_framework else 0,
+        *found.counts,
+        expected.clipped if found.version and reader.is_framework else 0,
         time.perf_counter() - start,
-        outcome,
-        reason,
+        found.outcome,
+        found.reason,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The part of a row that reading a file decides."""
+
+    outcome: Outcome
+    reason: str = ""
+    version: str | None = None
+    counts: tuple[int | None, int | None, int | None] = (None, None, None)
+
+
+def _read(reader: Reader, bundle: Bundle, expected: Expectation, processes: int) -> _Found:
+    assert reader.run is not None
+    trace_expected = expected.unlimited if reader.is_framework else expected.golden.trace
+    differences, version = [], ""
+    for _ in range(processes):
+        trace, version = reader.run(bundle, expected.golden)
+        differences.append(compare_traces(trace_expected, trace))
+    may_deviate = reader.is_framework and any(p.is_leaky for p in bundle.network.populations)
+    differs = Outcome.DEVIATES if may_deviate else Outcome.DIFFERS
+    outcome = Outcome.EQUAL if all(difference.equal for difference in differences) else differs
+    return _Found(outcome, "", version, _totals(differences))
+
+
+def _read_float(bundle: Bundle, expected: Expectation) -> _Found:
+    found, version = judge_float(bundle, bundle.float_golden[: len(expected.golden.codes)])
+    outcome = Outcome.DEVIATES if found.flips else Outcome.EQUAL
+    if found.unexplained_spikes or found.unexplained_logits:
+        outcome = Outcome.DIFFERS
+    return _Found(outcome, found.summary, version, (found.unexplained_spikes, None, found.unexplained_logits))
 
 
 def _require_file(bundle: Bundle, file: str) -> None:
     """Refuse a file that a bundle lacks: with the rules the network breaks there, if it is for them."""
     if file in bundle:
         return
+    if file == ONNX_FLOAT_FILE:
+        raise Missing(f"the bundle has no {file}; export one that holds the float SNN again with --target all")
     with tempfile.TemporaryDirectory() as folder:
         MODEL_WRITERS[file](bundle.network, Path(folder) / file)
     raise Missing(f"the bundle has no {file}; export it again with --target all")
@@ -226,6 +266,8 @@ READERS: tuple[Reader, ...] = (
     _runtime("netx", NETX_FILE),
     _own(ONNX_FILE, "onnxruntime"),
     _own(ONNX_STEP_FILE, "onnxruntime"),
+    _own(ONNX_INT8_FILE, "onnxruntime"),
+    Reader(ONNX_FLOAT_FILE, "onnxruntime", None),
 )
 
 

@@ -20,6 +20,7 @@ from pydantic import Field, JsonValue
 from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import MAX_JSON_BYTES, read_arrays, read_bytes, sha256_of
+from hardware.formats.float_golden import FloatGolden, read_float_golden
 from hardware.formats.network_file import ARRAYS_FILE, JSON_FILE, load_network
 from hardware.formats.strict import StrictModel, parse_strict
 from hardware.network import IntegerNetwork
@@ -34,6 +35,8 @@ NETX_FILE = "model.net"
 ONNX_FILE = "model.onnx"
 ONNX_STEP_FILE = "model.step.onnx"
 ONNX_INT8_FILE = "model.int8.onnx"
+ONNX_FLOAT_FILE = "model.float.onnx"
+FLOAT_GOLDEN_FILE = "golden.float.npz"
 REQUIRED_FILES = (JSON_FILE, ARRAYS_FILE, GOLDEN_FILE)
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REMEDY = "bundles are never edited; export it again or fetch an intact copy"
@@ -129,6 +132,18 @@ class Bundle:
         if set(trace.populations) != set(self.network.by_name):
             raise SpikeguardError(f"{path} holds traces of other populations than the network's; {REMEDY}")
         return Golden(codes, trace)
+
+    @cached_property
+    def float_golden(self) -> FloatGolden:
+        """The golden activity of the float SNN, on the golden inputs.
+
+        Raises:
+            SpikeguardError: if there is none, or it is not well formed or of other inputs.
+        """
+        golden = read_float_golden(self.file(FLOAT_GOLDEN_FILE))
+        if len(golden.activity.logits) != len(self.golden.codes):
+            raise SpikeguardError(f"{self.path}: {FLOAT_GOLDEN_FILE} is not of the golden inputs; {REMEDY}")
+        return golden
 
 
 def open_bundle(path: Path) -> Bundle:

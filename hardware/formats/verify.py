@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from hardware.formats.bundle import NIR_CUBA_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, Bundle, Golden
+from hardware.formats.bundle import (
+    NIR_CUBA_FILE,
+    NIR_FILE,
+    ONNX_FILE,
+    ONNX_FLOAT_FILE,
+    ONNX_INT8_FILE,
+    ONNX_STEP_FILE,
+    Bundle,
+    Golden,
+)
+from hardware.formats.float_golden import FloatComparison, FloatGolden, compare_float
 from hardware.formats.network_file import JSON_FILE
 from hardware.network import SEMANTICS_VERSION
 from hardware.trace import Trace, compare_traces
@@ -21,8 +31,10 @@ class VerifyRow:
 
     Attributes:
         mismatched_spikes, mismatched_membranes, mismatched_readouts: values that differ from the golden
-            trace; None where the reader does not expose them.
+            trace; None where the reader does not expose them. Of the float SNN: spikes and logits that differ by
+            more than rounding explains.
         seconds: reading and running.
+        note: what rounding changed in the float SNN.
     """
 
     file: str
@@ -33,6 +45,7 @@ class VerifyRow:
     mismatched_membranes: int | None
     mismatched_readouts: int
     seconds: float
+    note: str = ""
 
     @property
     def equal(self) -> bool:
@@ -67,7 +80,26 @@ def verify_bundle(bundle: Bundle) -> list[VerifyRow]:
                 seconds,
             )
         )
+    if ONNX_FLOAT_FILE in bundle:
+        start = time.perf_counter()
+        found, version = judge_float(bundle, bundle.float_golden)
+        counts = found.unexplained_spikes, None, found.unexplained_logits
+        seconds = time.perf_counter() - start
+        rows.append(VerifyRow(ONNX_FLOAT_FILE, "onnxruntime", version, found.samples, *counts, seconds, found.summary))
     return rows
+
+
+def judge_float(bundle: Bundle, golden: FloatGolden) -> tuple[FloatComparison, str]:
+    """The float SNN's ONNX file against the network as trained, on the first golden inputs; and the runtime's version.
+
+    Raises:
+        SpikeguardError: if a file cannot be read or run.
+    """
+    from hardware.runtimes.onnxruntime import load_model, run_float
+
+    model = load_model(bundle.file(ONNX_FLOAT_FILE), "float")
+    activity = run_float(model, bundle.golden.codes[: len(golden.activity.logits)])
+    return compare_float(golden, activity), metadata.version("onnxruntime")
 
 
 def _reference(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
@@ -99,6 +131,13 @@ def _onnx(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
     return runtime.run(golden.codes), runtime.version
 
 
+def _onnx_int8(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+    from hardware.runtimes.onnxruntime import OnnxRuntime
+
+    runtime = OnnxRuntime(bundle.file(ONNX_INT8_FILE), kind="int8")
+    return runtime.run(golden.codes), runtime.version
+
+
 def _onnx_step(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
     from hardware.runtimes.onnxruntime import load_model, run_steps
 
@@ -113,4 +152,5 @@ READERS: tuple[tuple[str, str, Run], ...] = (
     (NIR_CUBA_FILE, "nir + reference", _nir(NIR_CUBA_FILE)),
     (ONNX_FILE, "onnxruntime", _onnx),
     (ONNX_STEP_FILE, "onnxruntime", _onnx_step),
+    (ONNX_INT8_FILE, "onnxruntime", _onnx_int8),
 )

@@ -1,4 +1,7 @@
-"""Runs a network's ONNX graphs on ONNX Runtime: readouts from the unrolled graph, traces from the step."""
+"""Runs a network's ONNX graphs on ONNX Runtime: readouts from the unrolled graph, traces from the step.
+
+The graph of the float SNN gives logits and spikes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 
 from hardware.errors import Missing, RuleViolations, SpikeguardError, Violation
 from hardware.files import MIB, read_bytes
+from hardware.formats.float_golden import FloatActivity
 from hardware.network import IntArray
 from hardware.trace import PopulationTrace, Record, Trace, concatenate
 
@@ -23,6 +27,7 @@ BATCH_SAMPLES = 256
 STEPS_KEY = "spikeguard.steps"
 KIND_KEY = "spikeguard.graph"
 NEXT_STATE = "next_membrane_"
+SPIKES = "spikes_"
 REMEDY = "export the bundle again"
 EXTERNAL_DATA = re.compile(rb"(?:\x08|\x88\x80{0,8}\x00)location")
 """The key every external tensor must have, behind its length: eight, in any encoding of that number."""
@@ -137,6 +142,17 @@ def run_unrolled(model: OnnxModel, images: IntArray) -> NDArray[np.int64]:
     return readouts.astype(np.int64)
 
 
+def run_float(model: OnnxModel, images: IntArray) -> FloatActivity:
+    """What the float SNN does on images ``(samples, *shape)``."""
+    names = [port.name for port in model.session.get_outputs() if port.name.startswith(SPIKES)]
+    codes = _codes(model, images, leading=1)
+    starts = range(0, max(len(codes), 1), BATCH_SAMPLES)
+    batches = [model(["logits", *names], {"image": codes[start : start + BATCH_SAMPLES]}) for start in starts]
+    logits, *spikes = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    flat = (bits.reshape(*bits.shape[:2], -1) for bits in spikes)
+    return FloatActivity(logits, dict(zip((name.removeprefix(SPIKES) for name in names), flat, strict=True)))
+
+
 def run_steps(model: OnnxModel, inputs: IntArray, record: Record) -> Trace:
     """Run all steps of ``(samples, [steps,] *shape)`` codes, feeding the states back."""
     changes_over_time = inputs.ndim == len(model.image_shape) + 2
@@ -203,6 +219,9 @@ def _port_violations(session: Any, kind: str) -> list[Violation]:
     outputs = {port.name: port for port in session.get_outputs()}
     wanted_inputs = {"image": "tensor(uint8)"}
     wanted_outputs = {"readout": "tensor(int32)", "logits": "tensor(float)"}
+    if kind == "float":
+        wanted_outputs = {"logits": "tensor(float)"}
+        wanted_outputs |= {name: "tensor(bool)" for name in outputs if name.startswith(SPIKES)}
     if kind == "step":
         populations = _populations(outputs)
         wanted_inputs |= {f"membrane_{name}": "tensor(float)" for name in populations}
