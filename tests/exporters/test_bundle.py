@@ -11,7 +11,15 @@ import pytest
 
 from exporters.bundle import MODEL_FILES, refusals, write_bundle
 from hardware.errors import RuleViolations, SpikeguardError
-from hardware.formats.bundle import NETX_FILE, NIR_CUBA_FILE, NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, open_bundle
+from hardware.formats.bundle import (
+    NETX_FILE,
+    NIR_CUBA_FILE,
+    NIR_FILE,
+    ONNX_FILE,
+    ONNX_INT8_FILE,
+    ONNX_STEP_FILE,
+    open_bundle,
+)
 from hardware.formats.verify import verify_bundle
 from hardware.network import IntegerNetwork
 from hardware.reference import run_reference
@@ -48,9 +56,10 @@ def test_every_file_of_a_bundle_leaves_the_golden_traces(tmp_path: Path, seed: i
         (NIR_CUBA_FILE, "nir + reference"),
         (ONNX_FILE, "onnxruntime"),
         (ONNX_STEP_FILE, "onnxruntime"),
+        (ONNX_INT8_FILE, "onnxruntime"),
     ]
     for row in rows:
-        unexposed = None if row.file == ONNX_FILE else 0
+        unexposed = None if row.file in (ONNX_FILE, ONNX_INT8_FILE) else 0
         found = (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts)
         assert found == (unexposed, unexposed, 0)
         assert row.equal
@@ -91,8 +100,15 @@ def test_formats_that_cannot_hold_the_network_are_all_named_and_nothing_is_writt
     network = random_network(np.random.default_rng(1), leaky=True)
     with pytest.raises(RuleViolations) as caught:
         _write(tmp_path / "bundle", network)
-    assert {row.object.split(":")[0] for row in caught.value.violations} == set(WITHOUT_NETX)
+    assert {row.object.split(":")[0] for row in caught.value.violations} == {*WITHOUT_NETX} - {ONNX_INT8_FILE}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_leaks_has_an_onnx_file_too(tmp_path: Path) -> None:
+    network = random_network(np.random.default_rng(1), leaky=True)
+    bundle = open_bundle(_write(tmp_path / "bundle", network, models=(ONNX_INT8_FILE,)))
+    assert [row.file for row in verify_bundle(bundle)] == ["network.json", "network.json", ONNX_INT8_FILE]
+    assert all(row.equal for row in verify_bundle(bundle))
 
 
 def test_a_bundle_of_what_can_hold_the_network_can_be_had(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from hardware.formats.bundle import (
     NIR_CUBA_FILE,
     NIR_FILE,
     ONNX_FILE,
+    ONNX_FLOAT_FILE,
+    ONNX_INT8_FILE,
     ONNX_STEP_FILE,
     Bundle,
     Golden,
@@ -111,9 +113,12 @@ def test_branches_that_meet_again_are_exact_or_refused_with_the_reason(tmp_path:
 def test_onnx_runtime_and_our_own_interpreter_need_no_other_process(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "bundle", residual(), set(MODEL_FILES) - {NETX_FILE})
     rows = rows_of(bundle, "own interpreter", "onnxruntime", samples=2, processes=5)
-    assert [row.file for row in rows] == [NIR_FILE, NIR_CUBA_FILE, ONNX_FILE, ONNX_STEP_FILE]
+    *rows, trained = rows
+    assert [row.file for row in rows] == [NIR_FILE, NIR_CUBA_FILE, ONNX_FILE, ONNX_STEP_FILE, ONNX_INT8_FILE]
     assert all((row.outcome, row.samples, row.processes) == (Outcome.EQUAL, 2, 1) for row in rows)
-    assert [counts(row) for row in rows] == [(0, 0, 0), (0, 0, 0), (None, None, 0), (0, 0, 0)]
+    assert [counts(row) for row in rows] == [(0, 0, 0), (0, 0, 0), (None, None, 0), (0, 0, 0), (None, None, 0)]
+    assert (trained.file, trained.outcome) == (ONNX_FLOAT_FILE, Outcome.MISSING)
+    assert "one that holds the float SNN" in trained.reason
 
 
 def test_membranes_that_saturate_are_told_and_held_against_those_without_a_limit(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hardware.formats.bundle import (
     NIR_CUBA_FILE,
     NIR_FILE,
     ONNX_FILE,
+    ONNX_INT8_FILE,
     ONNX_STEP_FILE,
     open_bundle,
 )
@@ -37,6 +38,7 @@ FILES = [
     NIR_CUBA_FILE,
     ONNX_FILE,
     ONNX_STEP_FILE,
+    ONNX_INT8_FILE,
 ]
 FILES += ["snn.json", "snn.safetensors"]
 
@@ -51,7 +53,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         golden_codes=random_codes(np.random.default_rng(0), network),
         float_model_files={"snn.json": b"{}", "snn.safetensors": b"weights"},
         provenance={},
-        models=(NIR_FILE, NIR_CUBA_FILE, ONNX_FILE, ONNX_STEP_FILE),
+        models=(NIR_FILE, NIR_CUBA_FILE, ONNX_FILE, ONNX_STEP_FILE, ONNX_INT8_FILE),
     )
     return folder
 
@@ -149,7 +151,7 @@ def test_verification_counts_what_differs_from_the_golden_traces(bundle: Path) -
     rows = verify_bundle(open_bundle(bundle))
     for row in rows:
         found = (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts)
-        assert found == ((None, None, 1) if row.file == ONNX_FILE else (0, 2, 1))
+        assert found == ((None, None, 1) if row.file in (ONNX_FILE, ONNX_INT8_FILE) else (0, 2, 1))
         assert not row.equal
 
 
@@ -186,6 +188,6 @@ from pathlib import Path
 from hardware.formats.bundle import open_bundle
 from hardware.formats.verify import verify_bundle
 rows = verify_bundle(open_bundle(Path({str(original)!r})))
-sys.exit(0 if len(rows) == 6 and all(row.equal for row in rows) else 1)
+sys.exit(0 if len(rows) == 7 and all(row.equal for row in rows) else 1)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from exporters.conformance.rows import READERS, Outcome, conformance_rows
 from hardware.files import read_json
-from hardware.formats.bundle import open_bundle
+from hardware.formats.bundle import FLOAT_GOLDEN_FILE, ONNX_FLOAT_FILE, Bundle, open_bundle
+from hardware.formats.verify import verify_bundle
 from hardware.trace import unpack_trace
 from pipeline.bundle_tables import attribution_table
 from pipeline.fidelity.wording import ATTRIBUTION_NOTE
 from pipeline.models.float_file import load_float
+from pipeline.models.float_onnx import float_onnx
 from tests.pipeline.conftest import SmallRun, spikeguard
 
 FINISHED = {0, 3, 4}
@@ -29,6 +35,9 @@ FILES = {
     "model.net",
     "model.onnx",
     "model.step.onnx",
+    "model.int8.onnx",
+    "model.float.onnx",
+    "golden.float.npz",
     "snn.json",
     "snn.safetensors",
 }
@@ -189,8 +198,9 @@ def test_a_second_run_reuses_every_stage_and_concludes_the_same(small_run: Small
 def test_verify_finds_every_file_right(small_run: SmallRun) -> None:
     finished = spikeguard("verify", small_run.bundle)
     assert finished.returncode == 0, finished.stderr
-    for name in ("model.nir", "model.cuba.nir", "model.onnx", "model.step.onnx"):
-        assert name in finished.stdout
+    for name in ("nir", "cuba.nir", "onnx", "step.onnx", "int8.onnx", "float.onnx"):
+        assert f"model.{name}" in finished.stdout
+    assert "flipped spike(s)" in finished.stdout
 
 
 def test_info_shows_populations_and_proofs(small_run: SmallRun) -> None:
@@ -239,7 +249,39 @@ def test_export_writes_a_bundle_of_one_target_that_verifies(
     new = open_bundle(tmp_path / "new")
     assert absent not in new
     assert "snn.json" in new
+    assert (ONNX_FLOAT_FILE in new) == (FLOAT_GOLDEN_FILE in new) == (target in ("onnx", "all"))
+    if ONNX_FLOAT_FILE in new:
+        assert new.file(ONNX_FLOAT_FILE).read_bytes() == (small_run.bundle / ONNX_FLOAT_FILE).read_bytes()
     assert np.array_equal(new.golden.trace.readouts, open_bundle(small_run.bundle).golden.trace.readouts)
+
+
+def test_export_writes_a_triton_model_that_checks_itself(small_run: SmallRun, tmp_path: Path) -> None:
+    finished = spikeguard("export", small_run.folder, "--target", "triton", "--out", tmp_path, "--name", "digits")
+    assert finished.returncode == 0, finished.stderr
+    assert "config.pbtxt" in finished.stdout
+    check = [sys.executable, "-I", str(tmp_path / "digits" / "selfcheck.py")]
+    checked = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_a_float_file_is_judged_by_what_rounding_explains(small_run: SmallRun, tmp_path: Path) -> None:
+    readers = [reader for reader in READERS if reader.file == ONNX_FLOAT_FILE]
+    (row,) = conformance_rows(open_bundle(small_run.bundle), 5, readers=readers)
+    assert row.outcome in (Outcome.EQUAL, Outcome.ROUNDED)
+    assert (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts) == (0, None, 0)
+    assert (row.samples, row.processes) == (5, 1)
+    assert "0 of 5 classes changed" in row.reason
+    copy = Path(shutil.copytree(small_run.bundle, tmp_path / "bundle"))
+    network = load_float(copy)
+    with torch.no_grad():
+        next(network.neurons())[1].threshold.mul_(1.1)
+    (copy / ONNX_FLOAT_FILE).write_bytes(float_onnx(network))
+    changed = Bundle(copy, open_bundle(small_run.bundle).manifest)
+    (row,) = conformance_rows(changed, readers=readers)
+    assert row.outcome is Outcome.DIFFERS
+    assert row.mismatched_spikes
+    *_, verified = verify_bundle(changed)
+    assert (verified.file, verified.equal, verified.note) == (ONNX_FLOAT_FILE, False, row.reason)
 
 
 def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Path) -> None:
