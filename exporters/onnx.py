@@ -126,7 +126,7 @@ class _Graph(NetworkGraph):
         """
         incoming = self.network.incoming(population.name)
         from_input = [s for s in incoming if s.source == INPUT]
-        rides = self._bias_rides_along(population)
+        rides = self.bias_per_channel(population)  # then Conv and Gemm take it as their own
         if not from_input:
             return None if rides else self._bias_constant(population)
         parts = [
@@ -210,10 +210,6 @@ class _Graph(NetworkGraph):
         increment = self.flat(increment, self.network.readout.shape)
         increment = self.add("Cast", increment, to=TensorProto.INT32, out="integer")
         self.emit_readout(self.add("Add", "readout_before", increment, out="so_far"))
-
-    def _bias_rides_along(self, population: Population) -> bool:
-        """Whether the bias is one value per channel (or neuron), which Conv and Gemm take as their own."""
-        return not np.ptp(population.bias.reshape(population.shape[0], -1), axis=1).any()
 
     def _bias_constant(self, population: Population) -> str:
         values = (STATE_UNIT * population.bias[np.newaxis]).astype(np.float32)

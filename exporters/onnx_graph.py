@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hardware.files import write_bytes
-from hardware.network import FRACTION_BITS, IntegerNetwork, Shape
+from hardware.network import FRACTION_BITS, IntegerNetwork, Population, Shape
 
 OPSET = 17
 IR_VERSION = 8
@@ -119,6 +119,10 @@ class NetworkGraph(GraphBuilder):
         """``(N, *shape)`` as ``(N, neurons)``."""
         return self.add("Flatten", value, out=out, axis=1) if len(shape) > 1 else value
 
+    def bias_per_channel(self, population: Population) -> bool:
+        """Whether the bias is one value per channel (or neuron), not one per position."""
+        return not np.ptp(population.bias.reshape(population.shape[0], -1), axis=1).any()
+
     def save(self, path: Path, kind: str) -> None:
         """Check the model and write it atomically."""
         write_bytes(path, self.serialize(kind, self.network.steps, self.network.semantics_card()))
@@ -130,11 +134,9 @@ class NetworkGraph(GraphBuilder):
         if not spec.constant_codes:
             return image
         constant = np.array(spec.constant_codes, helper.tensor_dtype_to_np_dtype(codes))
-        planes = np.broadcast_to(
-            constant.reshape(1, -1, *(1,) * (len(spec.shape) - 1)), (1, len(constant), *spec.shape[1:])
-        )
+        channels = self.constant("input/constant_codes", constant.reshape(1, -1, *(1,) * (len(spec.shape) - 1)))
         batch = self.add("Shape", "image", out="batch", start=0, end=1)
-        ones = self.constant("input/ones", np.ones(len(spec.shape), np.int64))
-        shape = self.add("Concat", batch, ones, out="shape", axis=0)
-        expanded = self.add("Expand", self.constant("input/constant_codes", planes), shape, out="constant")
+        plane = self.constant("input/constant_shape", np.array([len(constant), *spec.shape[1:]], np.int64))
+        shape = self.add("Concat", batch, plane, out="shape", axis=0)
+        expanded = self.add("Expand", channels, shape, out="constant")
         return self.add("Concat", image, expanded, out="presented", axis=1)

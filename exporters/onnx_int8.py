@@ -232,5 +232,8 @@ class _Int8Graph(NetworkGraph):
         return [self.add("Cast", left, to=TensorProto.INT32, out=f"{label}/decayed")]
 
     def _bias(self, population: Population) -> str:
-        values = (self.unit(population) * population.bias[np.newaxis]).astype(np.int32)
+        bias = population.bias
+        if self.bias_per_channel(population):
+            bias = bias[:, :1, :1] if bias.ndim == 3 else bias
+        values = (self.unit(population) * bias[np.newaxis]).astype(np.int32)
         return self.constant(f"bias/{population.name}", values)
