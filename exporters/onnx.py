@@ -100,7 +100,7 @@ def onnx_violations(network: IntegerNetwork) -> list[Violation]:
         if population.is_leaky:
             decays = f"decays {population.current_decay}, {population.voltage_decay}"
             rule = "neuron is IF; a 12-bit decay of a 24-bit state is not exact in float32"
-            problems.append(Violation(population.name, rule, decays, "4096, 0", "use IF neurons"))
+            problems.append(Violation(population.name, rule, decays, "4096, 0", "use IF neurons, or the int8 graph"))
     for name, largest in largest_sums(network).items():
         if largest >= FLOAT32_INTEGERS:
             rule, limit = "sums of one step are exact in float32", f"below {FLOAT32_INTEGERS:,}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hardware.files import write_bytes
-from hardware.network import FRACTION_BITS, IntegerNetwork, Population, Shape
+from hardware.network import FRACTION_BITS, IntegerNetwork, Population, Shape, readout_unit
 
 OPSET = 17
 IR_VERSION = 8
@@ -108,11 +108,11 @@ class NetworkGraph(GraphBuilder):
         self.presented = self._present(codes)
 
     def emit_readout(self, integers: str) -> None:
-        """Name the integer sums ``(N, classes)`` "readout", and give them in real units too."""
+        """Name the integer answer ``(N, classes)`` "readout", and give it in real units too."""
         self.rename(integers, "readout")
         real = self.add("Cast", "readout", to=TensorProto.FLOAT, out="real")
-        divisor = np.float32(self.network.steps * self.network.readout.scale)
-        logits = self.add("Div", real, self.constant("readout/steps_times_scale", divisor), out="logits")
+        divisor = np.float32(readout_unit(self.network.readout, self.network.steps))
+        logits = self.add("Div", real, self.constant("readout/unit", divisor), out="logits")
         self.rename(logits, "logits")
 
     def flat(self, value: str, shape: Shape, out: str = "flat") -> str:

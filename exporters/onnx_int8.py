@@ -16,6 +16,7 @@ Everything else is exact because integers are:
   keeps ``64 * 3`` times that within int32, and ``T (sum |w| x + |b|) < 2**29`` the readout.
 - A population whose membrane is not proven to stay within 24 bits, or that leaks, keeps its state in state units and
   is clipped; any other needs neither the factor 64 nor a Clip.
+- A leaky readout answers with its last membrane, any other with the sum over the steps, computed from spike counts.
 - A decay multiplies in int64 and divides by 4096, which ONNX does as the reference does: truncating towards zero.
 """
 
@@ -50,30 +51,35 @@ def write_int8_onnx(network: IntegerNetwork, path: Path) -> None:
     if problems:
         raise RuleViolations("ONNX int8", problems)
     graph = _Int8Graph(network)
-    static = {p.name: graph.static_sums(p) for p in network.populations[:-1]}
-    read = {s.source for s in network.incoming(network.readout.name)}
+    *spiking, readout = network.populations
+    stepped = [*spiking, *([readout] if readout.is_leaky else [])]
+    counted = set() if readout.is_leaky else {s.source for s in network.incoming(readout.name)}
+    static = {p.name: graph.static_sums(p) for p in stepped}
     states: dict[str, _State] = {}
     counts: dict[str, str] = {}
     for step in range(network.steps):
         graph.prefix = f"t{step}/"
         spikes: dict[str, str] = {}
-        for population in network.populations[:-1]:
+        for population in stepped:
             name = population.name
             sums = [graph.synapse(s, spikes[s.source], 1) for s in graph.dynamic(population)]
-            fired, states[name] = graph.neuron(population, [*sums, *static[name]], states.get(name))
-            spikes[name] = graph.add("Cast", fired, to=TensorProto.UINT8, out=f"{name}/spikes")
-            if name in read:
+            states[name] = graph.integrate(population, [*sums, *static[name]], states.get(name))
+            if population.spiking:
+                fired, states[name] = graph.fire(population, states[name])
+                spikes[name] = graph.add("Cast", fired, to=TensorProto.UINT8, out=f"{name}/spikes")
+            if name in counted:
                 wide = graph.add("Cast", fired, to=TensorProto.INT32, out=f"{name}/counted")
                 counts[name] = graph.total([counts[name], wide], f"{name}/count") if name in counts else wide
     graph.prefix = "readout/"
-    graph.readout(counts)
+    answer = states[readout.name].membrane if readout.is_leaky else graph.summed(counts)
+    graph.emit_readout(graph.flat(answer, readout.shape))
     graph.save(path, "int8")
 
 
 def int8_violations(network: IntegerNetwork) -> list[Violation]:
     """What the graph would not compute exactly."""
     problems = []
-    if network.steps > MAX_STEPS:
+    if network.steps > MAX_STEPS and not network.readout.is_leaky:
         rule = "spikes of all steps are counted in a byte"
         problems.append(Violation("network", rule, str(network.steps), f"{MAX_STEPS} steps", "run fewer steps"))
     currents = current_bounds(network)
@@ -82,12 +88,13 @@ def int8_violations(network: IntegerNetwork) -> list[Violation]:
         if largest >= STEP_LIMIT:
             rule, limit = "sums of one step, their weights split in parts, fit int32", f"below {STEP_LIMIT:,}"
             problems.append(Violation(name, rule, f"up to {largest:,}", limit, "quantise with a smaller scale"))
-        if not population.spiking and largest * network.steps >= TOTAL_LIMIT:
+        summed = not (population.spiking or population.is_leaky)
+        if summed and largest * network.steps >= TOTAL_LIMIT:
             rule, actual = "sums over all steps fit int32", f"up to {largest * network.steps:,}"
             remedy = "quantise with a smaller scale, or run fewer steps"
             problems.append(Violation(name, rule, actual, f"below {TOTAL_LIMIT:,}", remedy))
         low, high = currents[name].range
-        if population.spiking and population.is_leaky and max(-low, high) > STATE_LIMIT:
+        if population.is_leaky and max(-low, high) > STATE_LIMIT:
             rule, actual = "accumulated current stays within 24 bits", f"{low:,}..{high:,}"
             problems.append(Violation(name, rule, actual, f"+-{STATE_LIMIT:,}", "quantise with a smaller scale"))
     return problems
@@ -134,7 +141,9 @@ class _Int8Graph(NetworkGraph):
         self._saturates = {row.population: row.can_saturate for row in prove(network)}
 
     def unit(self, population: Population) -> int:
-        """Of the state per weight unit: 1 where no decay and no clip can tell the difference."""
+        """Of the state per weight unit: 1 where no decay and no clip can tell the difference, or in a sum."""
+        if not (population.spiking or population.is_leaky):
+            return 1
         return STATE_UNIT if self._saturates[population.name] or population.is_leaky else 1
 
     def dynamic(self, population: Population) -> list[Synapse]:
@@ -151,8 +160,7 @@ class _Int8Graph(NetworkGraph):
 
     def synapse(self, synapse: Synapse, source: str, largest: int) -> str:
         """``unit * sum w s`` of one synapse, whose source reaches ``largest`` (the image always 255)."""
-        target = self.network.by_name[synapse.target]
-        unit = self.unit(target) if target.spiking else 1
+        unit = self.unit(self.network.by_name[synapse.target])
         index = next(i for i, s in enumerate(self.network.synapses) if s is synapse)
         label = f"{synapse.source}_to_{synapse.target}"
         parts = narrow_parts(synapse.weight, MAX_CODE if synapse.source == INPUT else largest)
@@ -179,8 +187,8 @@ class _Int8Graph(NetworkGraph):
             results.append(result)
         return self.total(results, f"{label}/sum")
 
-    def neuron(self, population: Population, sums: list[str], before: _State | None) -> tuple[str, _State]:
-        """One step of a population: the name of its spikes (bool), and its state after the reset."""
+    def integrate(self, population: Population, sums: list[str], before: _State | None) -> _State:
+        """One step of a population, up to the comparison."""
         name = population.name
         current = None
         if population.is_leaky:
@@ -193,6 +201,11 @@ class _Int8Graph(NetworkGraph):
             limit = np.int32(STATE_LIMIT)
             low, high = self.constant("state/lowest", -limit), self.constant("state/highest", limit)
             membrane = self.add("Clip", membrane, low, high, out=f"{name}/membrane")
+        return _State(current, membrane)
+
+    def fire(self, population: Population, state: _State) -> tuple[str, _State]:
+        """The name of a population's spikes (bool), and its state after the reset."""
+        name, membrane = population.name, state.membrane
         # No membrane passes the limit, so a threshold beyond it may as well lie on it.
         mantissa = np.int32(min(population.threshold * self.unit(population), STATE_LIMIT))
         threshold = self.constant(f"threshold/{name}", mantissa)
@@ -201,10 +214,10 @@ class _Int8Graph(NetworkGraph):
             reset = self.constant("state/zero", np.int32(0))
         else:
             reset = self.add("Sub", membrane, threshold, out=f"{name}/subtracted")
-        return fired, _State(current, self.add("Where", fired, reset, membrane, out=f"{name}/reset"))
+        return fired, _State(state.current, self.add("Where", fired, reset, membrane, out=f"{name}/reset"))
 
-    def readout(self, counts: dict[str, str]) -> None:
-        """Readouts from spike counts: the sum over steps passes through the (linear) readout only once."""
+    def summed(self, counts: dict[str, str]) -> str:
+        """Sums over the steps from spike counts, which pass through the (linear) readout only once."""
         steps, readout = self.network.steps, self.network.readout
         small = {
             name: self.add("Cast", count, to=TensorProto.UINT8, out=f"{name}/u8") for name, count in counts.items()
@@ -217,7 +230,7 @@ class _Int8Graph(NetworkGraph):
             else:
                 parts.append(self.synapse(synapse, small[synapse.source], steps))
         bias = self.constant(f"bias/{readout.name}", (steps * readout.bias[np.newaxis]).astype(np.int32))
-        self.emit_readout(self.flat(self.total([*parts, bias], "total"), readout.shape))
+        return self.total([*parts, bias], "total")
 
     def _decayed(self, state: str | None, share: int, label: str) -> list[str]:
         """What is left of a state of the step before, if anything."""

@@ -2,7 +2,7 @@
 
 The graph is unrolled over the steps with the layers of the network as they are: normalisation, batch norm and all.
 Unlike the integers it is not exact from one runtime to the next; :mod:`hardware.formats.float_golden` says how it is
-judged. It takes the uint8 codes that the other graphs take and divides them by 255 itself.
+judged. It takes the uint8 codes that the other graphs take and scales them itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -20,10 +19,9 @@ from hardware.files import arrays_as_bytes
 from hardware.formats.bundle import FLOAT_GOLDEN_FILE, ONNX_FLOAT_FILE
 from hardware.formats.float_golden import ROUNDING, FloatActivity, FloatGolden, pack_float_golden
 from pipeline.models.float_file import FORMAT
-from pipeline.models.graph import Layer, Shape
+from pipeline.models.graph import WITH_MEMORY, Layer, Shape
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.neurons import Leaky
-from pipeline.training import pixels
 
 Values = list[str]
 """Names of one value per step, or a single one that is the same at every step."""
@@ -32,12 +30,13 @@ Values = list[str]
 def float_onnx_files(network: SpikingNetwork, codes: NDArray[np.uint8]) -> dict[str, bytes]:
     """Contents of the bundle's files of the float SNN, by file name: its graph, and its activity on ``codes``."""
     arrays = pack_float_golden(float_golden(network, codes))
-    return {ONNX_FLOAT_FILE: float_onnx(network), FLOAT_GOLDEN_FILE: arrays_as_bytes(arrays)}
+    timed = codes.ndim == len(network.graph.input_shape) + 2
+    return {ONNX_FLOAT_FILE: float_onnx(network, timed=timed), FLOAT_GOLDEN_FILE: arrays_as_bytes(arrays)}
 
 
 def float_golden(network: SpikingNetwork, codes: NDArray[np.uint8]) -> FloatGolden:
-    """What the network does on ``codes`` ``(samples, *shape)``, and which spikes rounding may decide."""
-    logits, recorded = network.record(pixels(torch.from_numpy(codes)))
+    """What the network does on ``codes`` ``(samples, [steps,] *shape)``, and which spikes rounding may decide."""
+    logits, recorded = network.record(network.images(codes))
     undecided = {}
     for name, layer in recorded.items():
         distance, largest = (layer.membranes - layer.threshold).abs(), layer.membranes.abs().max()
@@ -46,50 +45,56 @@ def float_golden(network: SpikingNetwork, codes: NDArray[np.uint8]) -> FloatGold
     return FloatGolden(FloatActivity(logits.numpy(), spikes), undecided)
 
 
-def float_onnx(network: SpikingNetwork) -> bytes:
-    """The graph: uint8 ``image`` ``(N, *shape)`` in; out float32 ``logits`` ``(N, classes)`` and, for every layer l of
-    neurons, bool ``spikes_l`` ``(N, steps, *shape of l)``.
+def float_onnx(network: SpikingNetwork, *, timed: bool = False) -> bytes:
+    """The graph: uint8 ``image`` ``(N, *shape)`` in, or ``(N, steps, *shape)`` if it is to change over time; float32
+    ``logits`` ``(N, classes)`` out and, for every layer l of neurons, bool ``spikes_l`` ``(N, steps, *shape of l)``.
     """
-    graph = _FloatGraph(network)
-    logits = network.graph.evaluate(graph.image(), graph.apply)
+    graph = _FloatGraph(network, timed)
+    logits = network.graph.evaluate(graph.images(), graph.apply)
     graph.prefix = "logits/"
-    total = graph.total(logits)
-    mean = graph.add("Div", total, graph.constant("logits/terms", np.float32(len(logits))), out="mean")
+    mean = graph.total(logits)
+    if len(logits) > 1:
+        mean = graph.add("Div", mean, graph.constant("logits/terms", np.float32(len(logits))), out="mean")
     graph.rename(mean, "logits")
     return graph.serialize("float", network.steps, _card(network))
 
 
 def _card(network: SpikingNetwork) -> dict[str, Any]:
     """What a reader must know to run the network as it is meant, as plain JSON."""
+    keeping = [layer for layer in network.graph.layers if layer.kind in WITH_MEMORY]
     return {
         "version": FORMAT,
         "steps": network.steps,
-        "input": {"coding": "direct: codes / 255 at every step", "shape": list(network.graph.input_shape)},
-        "comparison": "spike where membrane >= threshold",
-        "neurons": {
-            name: {
-                "beta": float(network.graph.by_name[name].options["beta"]),
-                "reset": "subtract" if neuron.subtracts else "zero",
-                "threshold": float(neuron.effective_threshold.detach()),
-            }
-            for name, neuron in network.neurons()
+        "input": {
+            "coding": "direct: codes / max_code, the same at every step unless there is an axis of steps",
+            "shape": list(network.graph.input_shape),
+            "max_code": network.graph.max_code,
         },
-        "readout": "logits: mean over the steps of what the last layer gives",
+        "comparison": "spike where membrane >= threshold",
+        "memory": {layer.name: {"kind": layer.kind, **layer.options} for layer in keeping},
+        "thresholds": {name: float(neuron.effective_threshold.detach()) for name, neuron in network.neurons()},
+        "readout": "logits: mean over the steps of what the last layer gives, or the last membrane of a leaky readout",
     }
 
 
 class _FloatGraph(GraphBuilder):
-    def __init__(self, network: SpikingNetwork) -> None:
+    def __init__(self, network: SpikingNetwork, timed: bool) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._timed = network, timed
         self._shapes = network.graph.shapes()
-        self.declare_input("image", TensorProto.UINT8, network.graph.input_shape)
+        shape = network.graph.input_shape
+        self.declare_input("image", TensorProto.UINT8, (network.steps, *shape) if timed else shape)
         self.declare_output("logits", TensorProto.FLOAT, self._shapes[network.graph.layers[-1].name])
 
-    def image(self) -> Values:
-        """The pixels in [0, 1]."""
+    def images(self) -> Values:
+        """What the network reads, in [0, 1]."""
         codes = self.add("Cast", "image", to=TensorProto.FLOAT, out="codes")
-        return [self.add("Div", codes, self.constant("input/largest", np.float32(255)), out="pixels")]
+        largest = self.constant("input/largest", np.float32(self.network.graph.max_code))
+        pixels = self.add("Div", codes, largest, out="pixels")
+        if not self._timed:
+            return [pixels]
+        steps = [self.constant(f"input/step{step}", np.int64(step)) for step in range(self.network.steps)]
+        return [self.add("Gather", pixels, step, out="pixels_now", axis=1) for step in steps]
 
     def apply(self, layer: Layer, read: Sequence[Values]) -> Values:
         """Add the nodes of a layer, once for each step that may differ."""
@@ -97,6 +102,8 @@ class _FloatGraph(GraphBuilder):
             return read[0]
         if layer.kind == "spike":
             return self._neurons(layer.name, read[0])
+        if layer.kind in WITH_MEMORY:
+            return self._accumulated(layer, read[0])
         steps = max(len(values) for values in read)
         results = []
         for step in range(steps):
@@ -160,6 +167,21 @@ class _FloatGraph(GraphBuilder):
             spikes.append(self.add("Cast", fired[-1], to=TensorProto.FLOAT, out=f"{name}/spikes"))
         self._show(name, fired)
         return spikes
+
+    def _accumulated(self, layer: Layer, entering: Values) -> Values:
+        """What synapses with a memory, or a leaky readout, keep of each step; of the readout the last."""
+        name = layer.name
+        decay = "alpha" if layer.kind == "synaptic_current" else "beta"
+        share = self.constant(f"{decay}/{name}", np.float32(layer.options[decay]))
+        kept: Values = []
+        for step in range(self.network.steps):
+            self.prefix = f"t{step}/"
+            now = entering[step if len(entering) > 1 else 0]
+            if kept:
+                before = self.add("Mul", kept[-1], share, out=f"{name}/decayed")
+                now = self.add("Add", before, now, out=name)
+            kept.append(now)
+        return kept if layer.kind == "synaptic_current" else kept[-1:]
 
     def _show(self, name: str, fired: Values) -> None:
         self.prefix = "spikes/"

@@ -165,6 +165,7 @@ def test_what_int32_cannot_hold_is_refused_all_at_once(tmp_path: Path) -> None:
     network = random_network(np.random.default_rng(0), hidden=1, leaky=True, steps=256)
     first, readout = network.populations
     heavy = replace(readout, bias=readout.bias + 2**24)
+    heavy = replace(heavy, current_decay=4096, voltage_decay=0)
     changed = replace(network, populations=(replace(first, current_decay=0), heavy))
     weights = tuple(replace(s, weight=s.weight << 8, bits=17) for s in changed.synapses)
     with pytest.raises(RuleViolations) as caught:

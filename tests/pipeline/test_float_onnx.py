@@ -24,6 +24,7 @@ from hardware.formats.float_golden import (
 )
 from hardware.runtimes.onnxruntime import load_model, run_float
 from pipeline.models.float_onnx import float_golden, float_onnx
+from pipeline.models.graph import Layer, LayerGraph
 from pipeline.models.spiking import SpikingNetwork, rebuild
 from pipeline.models.tracing import trace_network
 from pipeline.neurons import Leaky
@@ -64,6 +65,29 @@ def test_leaks_and_resets_are_those_of_the_network(beta: float, reset: str, tmp_
     assert (found.unexplained_spikes, found.unexplained_logits) == (0, 0)
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_currents_that_decay_a_leaky_readout_and_inputs_over_time(timed: bool, tmp_path: Path) -> None:
+    options = {"in_features": 6, "out_features": 5, "bias": True}
+    layers = (
+        Layer("first", "linear", options),
+        Layer("synapses", "synaptic_current", {"alpha": 0.5}),
+        Layer("neurons", "spike", {"beta": 0.75, "subtract": False}),
+        Layer("last", "linear", {**options, "in_features": 5, "out_features": 3}),
+        Layer("answer", "leaky_readout", {"beta": 0.875}),
+    )
+    torch.manual_seed(2)
+    network = SpikingNetwork(LayerGraph((6,), layers, max_code=3), 6).eval()
+    with torch.no_grad():
+        next(network.neurons())[1].threshold.fill_(0.4)
+    shape = (6, 6) if timed else (6,)
+    codes = np.random.default_rng(0).integers(0, 4, (20, *shape)).astype(np.uint8)
+    golden = float_golden(network, codes)
+    assert 0 < golden.activity.spikes["neurons"].mean() < 1
+    found = compare_float(golden, run(float_onnx(network, timed=timed), codes, tmp_path))
+    assert (found.unexplained_spikes, found.unexplained_logits) == (0, 0)
+    assert found.flips <= 2
+
+
 def test_the_graph_is_legal_and_described() -> None:
     network = spiking_network("residual")
     content = float_onnx(network)
@@ -76,7 +100,7 @@ def test_the_graph_is_legal_and_described() -> None:
     properties = {entry.key: entry.value for entry in model.metadata_props}
     card = json.loads(properties["spikeguard.semantics"])
     assert card["steps"] == network.steps == int(properties["spikeguard.steps"])
-    assert set(card["neurons"]) == {name for name, _ in network.neurons()}
+    assert set(card["memory"]) == set(card["thresholds"]) == {name for name, _ in network.neurons()}
 
 
 @pytest.mark.parametrize("wrong", ["threshold", "weight", "last weight"])
