@@ -75,9 +75,9 @@ class GraphBuilder:
 
     def serialize(self, kind: str, steps: int, card: Mapping[str, Any]) -> bytes:
         """The checked model, with what it is and means in its metadata; the same graph gives the same bytes."""
-        graph = helper.make_graph(
-            self._nodes, f"spikeguard_{kind}", self._inputs, self._outputs, list(self._initializers.values())
-        )
+        nodes, needed = self._needed()
+        initializers = [tensor for name, tensor in self._initializers.items() if name in needed]
+        graph = helper.make_graph(nodes, f"spikeguard_{kind}", self._inputs, self._outputs, initializers)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
@@ -89,6 +89,16 @@ class GraphBuilder:
         onnx.checker.check_model(model, full_check=True)
         content: bytes = model.SerializeToString(deterministic=True)
         return content
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes from which a path leads to an output, and the values used: resets after the last step are not."""
+        needed = {port.name for port in self._outputs}
+        kept = []
+        for node in reversed(self._nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        return kept[::-1], needed
 
 
 class NetworkGraph(GraphBuilder):

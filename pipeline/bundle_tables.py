@@ -41,11 +41,10 @@ def mismatch_table(verified: Sequence[VerifyRow]) -> TextTable:
             str(row.samples),
             *map(_count, (row.mismatched_spikes, row.mismatched_membranes, row.mismatched_readouts)),
             f"{row.seconds:.2f}",
-            row.note,
         )
         for row in verified
     ]
-    columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s", "by rounding")
+    columns = ("file", "reader", "images", "spikes", "membranes", "readouts", "s")
     return TextTable("mismatches with the golden traces", columns, rows)
 
 

@@ -258,6 +258,9 @@ def verify(path: BundlePath) -> None:
 
     rows = verify_bundle(open_bundle(path))
     out.print(_table(*mismatch_table(rows)))
+    for row in rows:
+        if row.note:
+            out.print(f"[dim]{row.file} against the network as trained: {row.note}[/dim]", highlight=False)
     if not all(row.equal for row in rows):
         errors.print("[red]FAIL[/red] a file does not mean what the bundle says; export it again")
         raise typer.Exit(FAIL)

@@ -44,12 +44,12 @@ print(f"{len(rows)} readings of {len({row.file for row in rows})} files, none wr
 """
 
 
-def run(command: list[str], folder: Path, environment: Mapping[str, str], seconds: float) -> None:
+def run(title: str, command: list[str], folder: Path, environment: Mapping[str, str], seconds: float) -> None:
     """Run a command, its output shown; end with status 1 if it fails."""
-    print("$", " ".join(command[:6]), "…" if len(command) > 6 else "", flush=True)
+    print(f"== {title}", flush=True)
     done = subprocess.run(command, cwd=folder, env={**environment}, timeout=seconds, check=False)
     if done.returncode:
-        sys.exit(f"FAIL: status {done.returncode} from {command[0]}")
+        sys.exit(f"FAIL: {title}: exit status {done.returncode}")
 
 
 def main(bundle: Path) -> None:
@@ -65,15 +65,16 @@ def main(bundle: Path) -> None:
             else:
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy(origin, copy)
-        run([sys.executable, "-m", "venv", str(folder / "venv")], folder, environment, VERIFY_SECONDS)
+        make = [sys.executable, "-m", "venv", str(folder / "venv")]
+        run("make an environment", make, folder, environment, VERIFY_SECONDS)
         python = str(folder / "venv" / "bin" / "python")
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         pinned = ["-c", str(ROOT / "constraints.txt"), f"{folder / 'source'}[verify]"]
-        run([*pip, *pinned], folder, environment, PIP_SECONDS)
+        run("pip install '.[verify]'", [*pip, *pinned], folder, environment, PIP_SECONDS)
         inside = [python, "-c", INSIDE, str(bundle), ",".join(ABSENT), str(ROOT)]
-        run(inside, folder, environment, VERIFY_SECONDS)
-        command = str(folder / "venv" / "bin" / "spikeguard")
-        run([command, "verify", str(bundle)], folder, environment, VERIFY_SECONDS)
+        run("every file is read, without training software", inside, folder, environment, VERIFY_SECONDS)
+        verify = [str(folder / "venv" / "bin" / "spikeguard"), "verify", str(bundle)]
+        run(f"spikeguard verify {bundle.name}", verify, folder, environment, VERIFY_SECONDS)
     print("OK: a fresh environment with the extra 'verify' alone checks every file of the bundle")
 
 
