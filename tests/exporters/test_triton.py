@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import numpy_helper
-from tritonclient.grpc import model_config_pb2
 
 from exporters import selfcheck
 from exporters.bundle import write_bundle
@@ -25,6 +25,23 @@ from hardware.formats.bundle import NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, Bundle,
 from tests.networks import random_codes, random_network
 
 EQUAL, FAILED, DIFFERS = 0, 1, 3
+
+
+def tritons_schema() -> Any:
+    """The module of Triton's own messages, without the client around it and what that needs."""
+    package = importlib.util.find_spec("tritonclient")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).with_name("grpc") / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("tritons_model_config_pb2", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+model_config_pb2 = tritons_schema()
 
 
 @pytest.fixture(scope="module")
