@@ -16,8 +16,9 @@ import pytest
 
 from exporters.bundle import write_bundle
 from hardware.errors import RuleViolations, SpikeguardError
-from hardware.files import read_arrays, write_arrays
+from hardware.files import arrays_as_bytes, read_arrays, write_arrays
 from hardware.formats.bundle import (
+    FLOAT_GOLDEN_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
     NIR_CUBA_FILE,
@@ -27,6 +28,7 @@ from hardware.formats.bundle import (
     ONNX_STEP_FILE,
     open_bundle,
 )
+from hardware.formats.float_golden import FloatActivity, FloatGolden, pack_float_golden
 from hardware.formats.verify import verify_bundle
 from tests.networks import random_codes, random_network
 
@@ -177,6 +179,21 @@ def test_golden_arrays_must_belong_to_the_network(bundle: Path) -> None:
     _forge(bundle, GOLDEN_FILE, (bundle / GOLDEN_FILE).read_bytes())
     with pytest.raises(SpikeguardError, match="3 inputs and 4 traces"):
         _ = open_bundle(bundle).golden
+
+
+def test_golden_activity_of_the_float_network_must_be_of_the_golden_inputs(bundle: Path) -> None:
+    with pytest.raises(SpikeguardError, match=r"has no golden\.float\.npz"):
+        _ = open_bundle(bundle).float_golden
+    for samples in (4, 3):
+        spikes = np.zeros((samples, 2, 5), bool)
+        activity = FloatActivity(np.ones((samples, 3), np.float32), {"neurons": spikes})
+        arrays = pack_float_golden(FloatGolden(activity, {"neurons": spikes}))
+        content = arrays_as_bytes(arrays)
+        _forge(bundle, FLOAT_GOLDEN_FILE, content)
+        if samples == 4:
+            assert open_bundle(bundle).float_golden.activity.spikes["neurons"].shape == spikes.shape
+    with pytest.raises(SpikeguardError, match="not of the golden inputs"):
+        _ = open_bundle(bundle).float_golden
 
 
 def test_verification_needs_no_training_software(original: Path) -> None:
