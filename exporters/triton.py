@@ -34,8 +34,6 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 VERSION = "1"
 WARMUP_IMAGE = "image"
 MAX_BATCH = 256
-QUEUE_MICROSECONDS = 100
-"""How long a request may wait for others: a fraction of what one batch takes."""
 CUDA_OPTIONS = selfcheck.PROVIDER_OPTIONS["CUDAExecutionProvider"]
 CONV_ALGO_SEARCH = {"EXHAUSTIVE": "0", "HEURISTIC": "1", "DEFAULT": "2"}
 """As Triton's older parameter, which wins over the provider's option and without which the search is exhaustive."""
@@ -77,7 +75,8 @@ output [
 ]
 version_policy {{ latest {{ num_versions: 1 }} }}
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
-dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_MICROSECONDS} }}
+# A batch is what has queued up while the one before it ran; nothing waits for more.
+dynamic_batching {{ max_queue_delay_microseconds: 0 }}
 # Exact integers in float32 on a GPU: no TF32, and convolutions that only multiply and add; see selfcheck.py.
 parameters {{ key: "{search}" value {{ string_value: "{CONV_ALGO_SEARCH[CUDA_OPTIONS[search]]}" }} }}
 optimization {{ execution_accelerators {{ gpu_execution_accelerator [ {{
