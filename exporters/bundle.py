@@ -52,6 +52,8 @@ MODEL_WRITERS: Mapping[str, Callable[[IntegerNetwork, Path], None]] = {
     ONNX_INT8_FILE: write_int8_onnx,
 }
 MODEL_FILES = tuple(MODEL_WRITERS)
+UNROLLED_FILES = (ONNX_FILE, ONNX_INT8_FILE)
+"""Model files that take one image per sample; the others take inputs that change over time as well."""
 EXPORT_TARGETS: Mapping[str, tuple[str, ...]] = {
     "nir": (NIR_FILE, NIR_CUBA_FILE),
     "loihi": (NIR_FILE, NETX_FILE),
@@ -178,7 +180,7 @@ def _check_request(
         actual = f"{golden_codes.dtype} {golden_codes.shape}"
         rule = "golden inputs are 8-bit codes"
         problems.append(Violation("golden inputs", rule, actual, "uint8, 1 or more", "give some images as codes"))
-    unrolled = sorted({ONNX_FILE, ONNX_INT8_FILE} & set(models))
+    unrolled = [name for name in UNROLLED_FILES if name in models]
     if golden_codes.ndim == len(network.input.shape) + 2 and unrolled:
         rule = "the unrolled graph takes one image per sample"
         remedy = f"leave out {', '.join(unrolled)}; {ONNX_STEP_FILE} takes inputs that change over time"

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.bundle import EXPORT_TARGETS, refusals, write_bundle
+from exporters.bundle import EXPORT_TARGETS, FLOAT_ONNX_TARGETS, UNROLLED_FILES, refusals, write_bundle
 from hardware.emulator import run_emulator
 from hardware.errors import Missing, RuleViolations, Violation
 from hardware.files import sha256_of
-from hardware.formats.bundle import ONNX_FILE, Bundle, open_bundle
+from hardware.formats.bundle import Bundle, open_bundle
 from hardware.formats.nir_file import read_nir
 from hardware.formats.nir_graph import read_nir_graph
 from hardware.formats.nir_layout import METADATA_KEY
@@ -28,6 +28,7 @@ from pipeline.importing.conventions import conventions_of
 from pipeline.importing.networks import network_of
 from pipeline.importing.samples import Codes, Samples, draw_samples, read_samples
 from pipeline.models.float_file import float_files
+from pipeline.models.float_onnx import float_onnx_files
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.quantization import quantize
 from pipeline.statistics import pair, tango_bound, wilson_interval
@@ -143,18 +144,21 @@ def _deploy(
     """Write the bundle, and run everything on the test samples."""
     left_out = {name: why for name, why in refusals(deployed).items() if name in EXPORT_TARGETS[target]}
     if samples.test.ndim == len(deployed.input.shape) + 2:
-        left_out |= {name: (UNROLLED,) for name in EXPORT_TARGETS[target] if name == ONNX_FILE}
+        left_out |= {name: (UNROLLED,) for name in EXPORT_TARGETS[target] if name in UNROLLED_FILES}
     models = [name for name in EXPORT_TARGETS[target] if name not in left_out]
     if not models:
         raise RuleViolations(f"files for {target}", [row for rows in left_out.values() for row in rows])
     if samples.config is not None and samples.labels is not None:
         test = Dataset(samples.test, samples.labels)
         facts = {**facts, "config": portable_settings(samples.config), "test_split": digest_of(test)}
+    golden, further = samples.calibration[:GOLDEN], {} if read is None else float_files(read)
+    if read is not None and target in FLOAT_ONNX_TARGETS:
+        further |= float_onnx_files(read, golden)
     write_bundle(
         folder,
         deployed,
-        golden_codes=samples.calibration[:GOLDEN],
-        float_model_files={} if read is None else float_files(read),
+        golden_codes=golden,
+        float_model_files=further,
         provenance=facts,
         models=models,
     )
