@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
+from exporters import onnx_int8
 from exporters.onnx import write_onnx
 from exporters.onnx_int8 import int8_violations, narrow_parts, write_int8_onnx
 from hardware.emulator import count_saturations
@@ -45,6 +49,55 @@ def pairwise_saturating(codes: NDArray[np.uint8], weights: NDArray[np.int8]) -> 
     pairs = padded[:, 0::2] + padded[:, 1::2]
     total: NDArray[np.int64] = np.clip(pairs, -(2**15), 2**15 - 1).sum(1)
     return total
+
+
+class MatMulInteger(OpRun):
+    """The operator of that name, on such a CPU."""
+
+    op_domain = ""
+
+    def _run(self, codes: NDArray[np.uint8], weights: NDArray[np.int8]) -> tuple[NDArray[np.int32]]:
+        return (pairwise_saturating(codes, weights).astype(np.int32),)
+
+
+class ConvInteger(OpRun):
+    """The same: ONNX Runtime lays the windows out as rows of a matrix."""
+
+    op_domain = ""
+
+    def _run(
+        self, codes: NDArray[np.uint8], weights: NDArray[np.int8], pads: Any, strides: Any, **_: Any
+    ) -> tuple[NDArray[np.int32]]:
+        padded = np.pad(codes, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, weights.shape[2:], axis=(2, 3))
+        windows = windows[:, :, :: strides[0], :: strides[1]].transpose(0, 2, 3, 1, 4, 5)
+        rows = windows.reshape(-1, weights[0].size)
+        sums = pairwise_saturating(rows, weights.reshape(len(weights), -1).T)
+        return (sums.reshape(*windows.shape[:3], -1).transpose(0, 3, 1, 2).astype(np.int32),)
+
+
+@given(network=networks(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_readouts_are_the_same_where_byte_products_saturate(network: IntegerNetwork, seed: int, tmp_path: Path) -> None:
+    """The whole graph in ONNX's own interpreter, on the arithmetic of AVX2 without VNNI."""
+    codes = random_codes(np.random.default_rng(seed), network)
+    assert np.array_equal(_without_vnni(network, codes, tmp_path), run_reference(network, codes, "readouts").readouts)
+
+
+def test_without_parts_they_would_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readout = Population("out", (1,), 0, np.zeros(1, np.int64), 1.0, spiking=False)
+    synapse = Synapse("input", "out", "dense", np.full((1, 4), 127, np.int32), 8)
+    network, codes = IntegerNetwork(InputSpec((4,)), (readout,), (synapse,), 1), np.full((1, 4), 255, np.uint8)
+    assert _without_vnni(network, codes, tmp_path) == 4 * 127 * 255
+    monkeypatch.setattr(onnx_int8, "MAX_CODE", 1)
+    assert _without_vnni(network, codes, tmp_path) == 2 * (2**15 - 1)
+
+
+def _without_vnni(network: IntegerNetwork, codes: NDArray[np.uint8], folder: Path) -> NDArray[np.int32]:
+    write_int8_onnx(network, folder / "model.int8.onnx")
+    model = ReferenceEvaluator(onnx.load(folder / "model.int8.onnx"), new_ops=[MatMulInteger, ConvInteger])
+    readouts: NDArray[np.int32] = model.run(["readout"], {"image": codes})[0]
+    return readouts
 
 
 @given(network=networks(), seed=st.integers(0, 2**32 - 1))
