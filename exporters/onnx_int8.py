@@ -12,8 +12,9 @@ above the network's largest code are no danger either: the bound for the image i
 
 Everything else is exact because integers are:
 
-- The parts of a weight are at most three times as large as the weight together. ``sum |w| x + |b| < 2**23`` per step
-  keeps ``64 * 3`` times that within int32, and ``T (sum |w| x + |b|) < 2**29`` the readout.
+- The parts of a weight are less than four times as large as the weight together: its highest digit alone outweighs
+  the others. ``sum |w| x + |b| < 2**23`` per step keeps ``64 * 4`` times that within int32, and
+  ``T (sum |w| x + |b|) < 2**29`` the readout.
 - A population whose membrane is not proven to stay within 24 bits, or that leaks, keeps its state in state units and
   is clipped; any other needs neither the factor 64 nor a Clip.
 - A leaky readout answers with its last membrane, any other with the sum over the steps, computed from spike counts.
