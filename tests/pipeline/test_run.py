@@ -454,8 +454,8 @@ def test_a_format_that_a_runtime_needs_is_not_left_out(data: Path, tmp_path: Pat
     leaky = values(data, conversion__beta=0.75, fidelity__runtimes=["emulator"])
     Run(validate_config(leaky, "test"), tmp_path, "").ensure()
     held = {path.name for path in (tmp_path / "bundle").iterdir()}
-    assert {"network.json", "model.net"} <= held
-    assert not {"model.nir", "model.onnx"} & held
+    assert {"network.json", "model.net", "model.nir", "model.int8.onnx", "model.float.onnx"} <= held
+    assert not {"model.onnx", "model.step.onnx"} & held
     leaky["fidelity"] = {"runtimes": ["emulator", "onnxruntime"]}
     with pytest.raises(RuleViolations) as caught:
         Run(validate_config(leaky, "test"), tmp_path, "").ensure()
