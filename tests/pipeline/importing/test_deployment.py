@@ -14,7 +14,15 @@ import torch
 from exporters.nir import write_nir
 from hardware.emulator import run_emulator
 from hardware.errors import RuleViolations, SpikeguardError
-from hardware.formats.bundle import NETX_FILE, NIR_CUBA_FILE, NIR_FILE, ONNX_FILE
+from hardware.formats.bundle import (
+    NETX_FILE,
+    NIR_CUBA_FILE,
+    NIR_FILE,
+    ONNX_FILE,
+    ONNX_FLOAT_FILE,
+    ONNX_INT8_FILE,
+    ONNX_STEP_FILE,
+)
 from hardware.formats.nir_graph import read_nir_graph
 from hardware.formats.verify import verify_bundle
 from hardware.reference import run_reference
@@ -168,8 +176,13 @@ def test_labelled_pixels_leave_a_bundle_whose_test_images_a_fidelity_check_finds
 def test_files_that_cannot_hold_the_network_are_left_out_or_all_refused(tmp_path: Path) -> None:
     path = leaky_graph(tmp_path / "m.nir")
     with pytest.raises(RuleViolations, match="files for onnx"):
-        import_nir(path, "onnx", tmp_path / "b", assumed=(*SAID, "input=pixels"))
+        import_nir(path, "onnx", tmp_path / "b", assumed=(*SAID, "input=spikes"))
     assert not (tmp_path / "b").exists()
+    result = import_nir(path, "onnx", tmp_path / "b", assumed=(*SAID, "input=pixels"))
+    assert set(result.left_out) == {ONNX_FILE, ONNX_STEP_FILE}
+    rows = verify_bundle(result.bundle)
+    assert {row.file for row in rows} == {"network.json", ONNX_INT8_FILE, ONNX_FLOAT_FILE}
+    assert all(row.equal for row in rows)
 
 
 def test_a_file_of_our_own_says_all_and_stays_as_it_is(tmp_path: Path) -> None:
