@@ -27,11 +27,11 @@ WEIGHT_EXPONENTS = range(-8, 8)
 
 
 def populations_form_a_chain(network: IntegerNetwork) -> Iterator[Breach]:
-    """Branches would arrive at different steps: each layer delays by one."""
+    """The loader's file is a list of layers, each of which reads the one before it."""
     if not network.is_chain():
         pairs = ", ".join(synapse.name for synapse in network.synapses)
         limit = "each population reads the one before it"
-        yield Breach("network", pairs, limit, "run it on the emulator, or export NIR")
+        yield Breach("network", pairs, limit, "use the Lava processes instead of netx, or export NIR")
 
 
 def readout_only_integrates(network: IntegerNetwork) -> Iterator[Breach]:
@@ -68,7 +68,6 @@ def netx_keeps_dense_weights(network: IntegerNetwork) -> Iterator[Breach]:
 LAVA = Target(
     "lava",
     (
-        populations_form_a_chain,
         membranes_reset_to_zero,
         thresholds_fit_17_bits,
         biases_fit_13_bits,
@@ -80,7 +79,7 @@ LAVA = Target(
     smallest_weight_bits=1,
     core=CORE,
 )
-NETX = replace(LAVA, name="netx", rules=(*LAVA.rules, netx_keeps_dense_weights))
+NETX = replace(LAVA, name="netx", rules=(populations_form_a_chain, *LAVA.rules, netx_keeps_dense_weights))
 
 
 def dense_weight_exponent(weight: NDArray[np.int32]) -> int | None:
