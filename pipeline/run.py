@@ -214,7 +214,7 @@ def _obstacles(graph: LayerGraph) -> Iterator[dict[str, str]]:
     neurons = [layer.options for layer in graph.layers if layer.kind == "spike"]
     for name, sources in graph.sources.items():
         if len(sources) > 1:
-            yield dict.fromkeys(LAVA_RUNTIMES, f"its layers do not follow one another ({name} reads several)")
+            yield {"netx": f"its layers do not follow one another ({name} reads several)"}
             break
     if any(options["subtract"] for options in neurons):
         yield dict.fromkeys(LAVA_RUNTIMES, "its neurons subtract their threshold at the reset")

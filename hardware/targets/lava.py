@@ -17,6 +17,7 @@ from hardware.targets.loihi2 import (
     biases_fit_13_bits,
     decays_fit_12_bits,
     membranes_reset_to_zero,
+    synaptic_sums_cannot_wrap,
     thresholds_fit_17_bits,
 )
 from hardware.targets.rules import Breach, Target
@@ -72,6 +73,7 @@ LAVA = Target(
         thresholds_fit_17_bits,
         biases_fit_13_bits,
         decays_fit_12_bits,
+        synaptic_sums_cannot_wrap,
         readout_only_integrates,
         dense_weights_are_8_bit_mantissas_with_one_exponent,
     ),

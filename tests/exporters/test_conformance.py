@@ -99,12 +99,11 @@ def test_branches_that_meet_again_are_exact_or_refused_with_the_reason(tmp_path:
     rows = {row.reader: row for row in rows_of(bundle, *FRAMEWORKS, file=NIR_CUBA_FILE)}
     for name in ("spikingjelly", "snntorch"):
         assert (rows[name].outcome, counts(rows[name])) == (Outcome.EQUAL, (0, 0, 0))
-    others = [rows["norse"], *rows_of(bundle, "lava", "netx")]
-    assert [row.outcome for row in others] == [Outcome.REFUSED] * 3
+    others = [rows["norse"], *rows_of(bundle, "netx")]
+    assert [row.outcome for row in others] == [Outcome.REFUSED] * 2
     assert all(counts(row) == (None, None, None) and row.version is None for row in others)
-    norse, lava, netx = (row.reason for row in others)
+    norse, netx = (row.reason for row in others)
     assert "what feeds a node runs before it" in norse
-    assert "form a chain" in lava
     assert "form a chain" in netx  # in no bundle, because its writer refuses the network
 
 

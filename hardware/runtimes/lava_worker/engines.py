@@ -159,7 +159,7 @@ def build_netx(job: dict[str, Any], _arrays: dict[str, Array]) -> tuple[Inlets, 
     with h5py.File(job["net"], "r") as file:
         groups = [file["layer"][str(index)] for index in range(len(file["layer"]))]
         meant = [_meant_by(group) for group in groups if _text(group["type"]) in ("conv", "dense")]
-    # netx adds a layer's number, counted from 0, to the offset; the first layer has depth 1.
+    # netx adds a layer's number, counted from 1, to the offset; in a chain that is its depth.
     network = Network(
         net_config=job["net"],
         input_message_bits=job["message_bits"],
