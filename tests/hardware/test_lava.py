@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -443,6 +447,75 @@ def test_a_run_that_takes_too_long_is_stopped_and_leaves_nothing(
     assert nothing_is_left(name, scratch)
 
 
+def children_of(process: int, name: str) -> list[int]:
+    """Living processes of this name whose parent is ``process``."""
+    found = []
+    for candidate in processes_of(name):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{candidate}/stat").read_text().rsplit(")", 1)[1].split()[1] == str(process):
+                found.append(candidate)
+    return found
+
+
+def lava_runs(name: str) -> bool:
+    """Whether the network of ``run_for_ever`` does: 9 processes, the runtime service, the worker, and shared memory."""
+    return len(processes_of(name)) > 10 and any(SHARED_MEMORY.glob(f"{name}*"))
+
+
+@needs_lava
+@pytest.mark.parametrize("victim", ["worker", "child"])
+def test_a_killed_process_ends_the_run_at_once_and_leaves_nothing(
+    victim: str, monkeypatch: pytest.MonkeyPatch, scratch: Path
+) -> None:
+    network = conv_network(8)
+    runtime = LavaRuntime(network)
+    name = give_name(monkeypatch, scratch)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(runtime.run, codes_for(network, 5000))
+        assert eventually(lambda: lava_runs(name))
+        (worker,) = children_of(os.getpid(), name)
+        os.kill(worker if victim == "worker" else children_of(worker, name)[-1], signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(SpikeguardError, match=r"ended by signal 9, Killed.*; if memory, .* is full, make room"):
+            run.result()
+    # Far from the time limit of minutes.
+    assert time.monotonic() - killed < PATIENCE_SECONDS / 2
+    assert nothing_is_left(name, scratch)
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Sets how large files may grow; beyond, writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@needs_lava
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        (1_000, "job for the Lava worker .lava. cannot be written to .*; make room there, or set TMPDIR"),
+        (200_000, "File too large.*; if memory, .* is full, make room"),
+    ],
+    ids=["for the job", "for the result"],
+)
+def test_a_full_disk_is_told_and_leaves_nothing(
+    room: int,
+    told: str,
+    largest_file: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    scratch: Path,
+) -> None:
+    network = conv_network(8)
+    runtime = LavaRuntime(network)
+    name = give_name(monkeypatch, scratch)
+    largest_file(room)
+    with pytest.raises(SpikeguardError, match=told):
+        runtime.run(codes_for(network, 24), "traces")
+    assert nothing_is_left(name, scratch)
+
+
 def run_for_ever() -> None:
     """What the interrupted parents below do."""
     network = conv_network(8)
@@ -460,14 +533,13 @@ def test_an_interrupted_parent_leaves_nothing(sent: signal.Signals, scratch: Pat
     )
     names: set[str] = set()
 
-    def lava_runs() -> bool:
+    def any_lava_runs() -> bool:
         for process in processes_of(str(parent.pid)):
             environment = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
             names.update(e.partition("=")[2] for e in environment if e.startswith(supervisor.NAME_VARIABLE))
-        # The network has 9 processes, the runtime service and the worker, and a block for each connection.
-        return any(len(processes_of(n)) > 10 and [*SHARED_MEMORY.glob(f"{n}*")] for n in names)
+        return any(lava_runs(name) for name in names)
 
-    assert eventually(lava_runs)
+    assert eventually(any_lava_runs)
     os.kill(parent.pid, sent)
     parent.wait(PATIENCE_SECONDS)
     assert eventually(lambda: all(nothing_is_left(name, scratch) for name in names))

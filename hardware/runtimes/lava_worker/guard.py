@@ -1,4 +1,4 @@
-"""Dying with the caller: nothing this process starts or shares outlives the supervisor that started it."""
+"""Dying together: nothing this process starts or shares outlives the supervisor, nor this process what it started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-PARENT_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 RANDOM_NAME_CHARACTERS = 16
 # Group, folder and two beginnings of names. Run in a session of its own, it lives to remove what the killed
 # processes can no longer add to.
@@ -31,12 +31,13 @@ def name_shared_memory(prefix: str) -> None:
     multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"
 
 
-def die_with_parent(parent: int, prefix: str, folder: Path) -> None:
-    """End this process group, and remove what it left, as soon as process ``parent`` is gone.
+def die_together(parent: int, prefix: str, folder: Path) -> None:
+    """End as soon as any of us is gone: the parent, this process or one of its children.
 
-    Forked children ask the kernel to be killed with this process; a thread here watches the parent, which
-    covers a parent that was killed with no chance to clean up. It polls, because a pipe from the parent would
-    stay open in whatever else the parent forked.
+    Forked children ask the kernel to be killed with this process. A thread here watches the others. Without the
+    ``parent``, which may have been killed with no chance to clean up, it ends the process group and removes what that
+    left. Without a child it ends this process, which would wait for the child for ever. It polls, because a pipe from
+    the parent would stay open in whatever else the parent forked.
     """
     os.register_at_fork(after_in_child=functools.partial(_be_killed_with, os.getpid()))
     threading.Thread(target=_watch, args=(parent, prefix, folder), daemon=True).start()
@@ -51,7 +52,27 @@ def _be_killed_with(worker: int) -> None:
 
 
 def _watch(parent: int, prefix: str, folder: Path) -> None:
+    children: set[multiprocessing.process.BaseProcess] = set()
     while os.getppid() == parent:
-        time.sleep(PARENT_POLL_SECONDS)
+        children |= multiprocessing.process._children
+        for child in children:
+            ending = _ending(child.pid)
+            if ending is not None:
+                print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
+                os._exit(1)
+        time.sleep(POLL_SECONDS)
     arguments = (str(os.getpgrp()), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
     subprocess.Popen(["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments], start_new_session=True)
+
+
+def _ending(child: int) -> str | None:
+    """How a child ended, None while it runs; it is left to be waited for by whoever started it."""
+    try:
+        result = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return "ended"
+    if result is None:
+        return None
+    if result.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+        return f"was ended by signal {result.si_status}, {signal.strsignal(result.si_status)}"
+    return f"exited with status {result.si_status}"

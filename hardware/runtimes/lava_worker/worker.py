@@ -22,7 +22,7 @@ def main() -> None:
     """Run the job in the folder given on the command line, and end without waiting for anything."""
     folder, prefix = Path(sys.argv[1]).resolve(), os.environ["SPIKEGUARD_WORKER"]
     guard.name_shared_memory(prefix)
-    guard.die_with_parent(int(os.environ["SPIKEGUARD_PARENT"]), prefix, folder)
+    guard.die_together(int(os.environ["SPIKEGUARD_PARENT"]), prefix, folder)
     status = 1
     try:
         # Importing Lava takes a while; the guard stands before.
