@@ -131,8 +131,8 @@ class _Lava:
             [str(self.python), str(WORKER), str(folder)],
             subject=f"the Lava worker ({self.name})",
             time_limit=self.time_limit or default_time_limit(self.network, samples),
-            remedy=f"if memory, {SHARED_MEMORY} or {tempfile.gettempdir()} is full, make room; else check the bundle with "
-            "`spikeguard verify`, or set Lava up again with `make setup`",
+            remedy=f"if memory, {SHARED_MEMORY} or {tempfile.gettempdir()} is full, make room; "
+            "else check the bundle with `spikeguard verify`, or set Lava up again with `make setup`",
             # Lava's shared-memory manager puts a socket into the temporary directory.
             environment={
                 "OMP_NUM_THREADS": "1",

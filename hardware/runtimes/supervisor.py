@@ -92,9 +92,10 @@ def run_supervised(
 
 
 def _output_file() -> IO[bytes]:
-    """A file without a name; in memory where that is possible, so that a full disk can be told of."""
-    in_memory = os.access(SHARED_MEMORY, os.W_OK)
-    return tempfile.TemporaryFile(dir=SHARED_MEMORY if in_memory else None)
+    """A file without a name; in memory where the system can, so that a full disk can be told of."""
+    if sys.platform == "linux":
+        return os.fdopen(os.memfd_create("output"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 @contextlib.contextmanager

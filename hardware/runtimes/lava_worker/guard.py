@@ -19,9 +19,9 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.2
 RANDOM_NAME_CHARACTERS = 16
-# Group, folder and two beginnings of names. Run in a session of its own, it lives to remove what the killed
-# processes can no longer add to.
-CLEAN_UP = 'kill -s KILL -- "-$1"; rm -rf -- "$2" "$3"* "$4"*'
+# A shell in a session of its own. It waits until this process and its children are gone, for they hold the other end of
+# its input; then until the parent is, which otherwise cleans up itself and ends the shell; and removes what they left.
+CLEAN_UP = 'read -r _; while kill -0 "$1" 2>/dev/null; do sleep 1; done; rm -rf -- "$2" "$3"* "$4"*'
 
 
 def name_shared_memory(prefix: str) -> None:
@@ -34,13 +34,16 @@ def name_shared_memory(prefix: str) -> None:
 def die_together(parent: int, prefix: str, folder: Path) -> None:
     """End as soon as any of us is gone: the parent, this process or one of its children.
 
-    Forked children ask the kernel to be killed with this process. A thread here watches the others. Without the
-    ``parent``, which may have been killed with no chance to clean up, it ends the process group and removes what that
-    left. Without a child it ends this process, which would wait for the child for ever. It polls, because a pipe from
-    the parent would stay open in whatever else the parent forked.
+    Forked children ask the kernel to be killed with this process. A thread here watches the others: without the
+    parent it ends the process group, without a child this process, which would wait for that child for ever. It polls,
+    because a pipe from the parent would stay open in whatever else the parent forked. A parent that was killed had no
+    chance to clean up; a shell does that.
     """
+    arguments = (str(parent), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
+    command = ["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments]
+    outlet = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).stdin
     os.register_at_fork(after_in_child=functools.partial(_be_killed_with, os.getpid()))
-    threading.Thread(target=_watch, args=(parent, prefix, folder), daemon=True).start()
+    threading.Thread(target=_watch, args=(parent, outlet), daemon=True).start()
 
 
 def _be_killed_with(worker: int) -> None:
@@ -51,18 +54,20 @@ def _be_killed_with(worker: int) -> None:
         os._exit(1)
 
 
-def _watch(parent: int, prefix: str, folder: Path) -> None:
+def _watch(parent: int, _outlet: object) -> None:
+    """Poll; ``_outlet`` is kept open as long as this process lives."""
     children: set[multiprocessing.process.BaseProcess] = set()
     while os.getppid() == parent:
         children |= multiprocessing.process._children
         for child in children:
             ending = _ending(child.pid)
             if ending is not None:
-                print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
-                os._exit(1)
+                try:
+                    print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
+                finally:
+                    os._exit(1)
         time.sleep(POLL_SECONDS)
-    arguments = (str(os.getpgrp()), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
-    subprocess.Popen(["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments], start_new_session=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _ending(child: int) -> str | None:

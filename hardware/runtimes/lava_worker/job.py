@@ -104,9 +104,11 @@ def _fail_as_a_whole() -> None:
         try:
             target(*args, **kwargs)
         except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os.kill(worker, signal.SIGKILL)
+            try:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os.kill(worker, signal.SIGKILL)
             raise
 
     lava_runtime.target_fn = reporting_target

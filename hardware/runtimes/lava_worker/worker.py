@@ -8,6 +8,7 @@ names, and SPIKEGUARD_PARENT, the process that this one must not outlive.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -32,9 +33,12 @@ def main() -> None:
         status = 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:
+        # Even if there is no room to print: what Python does at its own end waits for Lava's processes.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
