@@ -93,7 +93,7 @@ def run_supervised(
 
 def _output_file() -> IO[bytes]:
     """A file without a name; in memory where the system can, so that a full disk can be told of."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("output"), "w+b")
     return tempfile.TemporaryFile()
 
