@@ -105,7 +105,7 @@ def read_records(network: IntegerNetwork, samples: int, records: Mapping[str, ND
     """Cut the worker's records into samples and steps, undoing the latency of one step per synapse.
 
     Raises:
-        SpikeguardError: if the readout spiked or saturated, so that its membrane is not the sum.
+        SpikeguardError: if the readout spiked, or saturated so that its membrane is not the sum.
     """
     populations = {}
     depth_of = depths(network)
@@ -117,9 +117,10 @@ def read_records(network: IntegerNetwork, samples: int, records: Mapping[str, ND
             for kind in ("spikes", "membranes")
         )
         if not population.spiking:
-            if spikes.any() or np.any(np.abs(membranes) >= STATE_LIMIT):
+            is_clipped_sum = not population.is_leaky and np.any(np.abs(membranes) >= STATE_LIMIT)
+            if spikes.any() or is_clipped_sum:
                 raise SpikeguardError(
-                    f"readout {population.name} left the range of the membrane that sums it up on Lava; "
+                    f"readout {population.name} left the range of the membrane that integrates it on Lava; "
                     "quantise it at a smaller scale"
                 )
             populations[population.name] = PopulationTrace(None, membranes)

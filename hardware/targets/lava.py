@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.network import DECAY_UNITY, IntegerNetwork, Synapse
+from hardware.network import IntegerNetwork, Synapse
 from hardware.targets.loihi2 import (
     CORE,
     MAX_DENSE_WEIGHT,
@@ -33,14 +33,6 @@ def populations_form_a_chain(network: IntegerNetwork) -> Iterator[Breach]:
         pairs = ", ".join(synapse.name for synapse in network.synapses)
         limit = "each population reads the one before it"
         yield Breach("network", pairs, limit, "use the Lava processes instead of netx, or export NIR")
-
-
-def readout_only_integrates(network: IntegerNetwork) -> Iterator[Breach]:
-    """The sum over steps is read from the membrane, which therefore must not leak."""
-    readout = network.readout
-    if readout.is_leaky:
-        actual = f"decays {readout.current_decay}, {readout.voltage_decay}"
-        yield Breach(readout.name, actual, f"decays {DECAY_UNITY}, 0", "read out through neurons that do not leak")
 
 
 def dense_weights_are_8_bit_mantissas_with_one_exponent(network: IntegerNetwork) -> Iterator[Breach]:
@@ -74,7 +66,6 @@ LAVA = Target(
         biases_fit_13_bits,
         decays_fit_12_bits,
         synaptic_sums_cannot_wrap,
-        readout_only_integrates,
         dense_weights_are_8_bit_mantissas_with_one_exponent,
     ),
     neuron_bytes=NEURON_BYTES,

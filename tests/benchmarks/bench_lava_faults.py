@@ -37,6 +37,8 @@ DEADLINE_SECONDS = 3.0
 LATEST_KILL_SECONDS = 2.5
 HANG_SECONDS = 60.0
 SETTLING_SECONDS = 10.0
+EXEC_SECONDS = 0.05
+"""After which a fork that was to become another program has done so."""
 JOB_ROOM, RESULT_ROOM, SHARED_ROOM = 8 << 10, 200 << 10, 256 << 10
 """Bytes that suffice not even for the job, for the job but not the result, and for some of Lava's channels."""
 ON_SMALL_DISK = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
@@ -145,6 +147,8 @@ def kill(victims: Sequence[str], caller: int, rng: random.Random) -> bool:
     workers = [process for process in running if parent_of(process) == caller]
     # Lava's processes are forks of the worker; the shell that cleans up after them and Python's tracker are not.
     children = [process for process in running if parent_of(process) in workers and is_fork(process)]
+    time.sleep(EXEC_SECONDS)
+    children = [process for process in children if is_fork(process)]
     chosen = {"caller": [caller], "worker": workers, "child": [rng.choice(children)] if children else []}
     if not all(chosen[victim] for victim in victims):
         return False
@@ -238,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[kind.name for kind in KINDS], help="the one kind of fault to measure")
     parser.add_argument("--caller", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.caller is not None:
@@ -245,6 +250,8 @@ def main() -> None:
         return
     rng, namespaces = random.Random(options.seed), grown_namespaces()
     kinds = [kind for kind in KINDS if namespaces or kind.small is None or kind.small[0] == "disk"]
+    if options.only is not None:
+        kinds = [kind for kind in kinds if kind.name == options.only]
     rows = {kind.name: Row() for kind in kinds}
     for number in range(options.runs):
         kind = kinds[number % len(kinds)]

@@ -176,6 +176,8 @@ def test_leaky_network_is_exact(
     engine: str, steps: int, current_decay: int, voltage_decay: int, tmp_path: Path
 ) -> None:
     network = conv_network(steps, current_decay=current_decay, voltage_decay=voltage_decay)
+    *spiking, readout = network.populations
+    network = replace(network, populations=(*spiking, replace(readout, current_decay=3000, voltage_decay=200)))
     inputs = codes_for(network, 3)
     assert_lively(network, inputs)
     assert_exact(engine, network, inputs, tmp_path)
@@ -311,7 +313,7 @@ def test_everything_lava_cannot_do_is_told_at_once(tmp_path: Path) -> None:
             replace(first, reset="subtract", threshold=2**17),
             replace(second, bias=np.full(second.shape, -5000)),
             replace(third, current_decay=0, voltage_decay=DECAY_UNITY),
-            replace(out, current_decay=100),
+            out,
         ),
         synapses=(
             replace(into_first, weight=into_first.weight * np.int32(16), bits=13),
