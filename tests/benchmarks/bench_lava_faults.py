@@ -147,8 +147,9 @@ def kill(victims: Sequence[str], caller: int, rng: random.Random) -> bool:
     workers = [process for process in running if parent_of(process) == caller]
     # Lava's processes are forks of the worker; the shell that cleans up after them and Python's tracker are not.
     children = [process for process in running if parent_of(process) in workers and is_fork(process)]
-    time.sleep(EXEC_SECONDS)
-    children = [process for process in children if is_fork(process)]
+    if "child" in victims:
+        time.sleep(EXEC_SECONDS)
+        children = [process for process in children if is_fork(process)]
     chosen = {"caller": [caller], "worker": workers, "child": [rng.choice(children)] if children else []}
     if not all(chosen[victim] for victim in victims):
         return False

@@ -42,8 +42,16 @@ def die_together(parent: int, prefix: str, folder: Path) -> None:
     arguments = (str(parent), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
     command = ["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments]
     outlet = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).stdin
+    multiprocessing.process._children = _Children()
     os.register_at_fork(after_in_child=functools.partial(_be_killed_with, os.getpid()))
     threading.Thread(target=_watch, args=(parent, outlet), daemon=True).start()
+
+
+class _Children(set):
+    """Python's record of the processes it started, which forgets those that ended whenever it starts another."""
+
+    def discard(self, _child: multiprocessing.process.BaseProcess) -> None:
+        """Keep it."""
 
 
 def _be_killed_with(worker: int) -> None:
@@ -54,30 +62,28 @@ def _be_killed_with(worker: int) -> None:
         os._exit(1)
 
 
+def report_lost_child() -> bool:
+    """Print how a child ended, if one did, which none does by itself; whether there is one."""
+    for child in list(multiprocessing.process._children):
+        status = child.exitcode
+        if status is not None:
+            if status < 0:
+                ending = f"was ended by signal {-status}, {signal.strsignal(-status)}"
+            else:
+                ending = f"exited with {status}"
+            print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
+            return True
+    return False
+
+
 def _watch(parent: int, _outlet: object) -> None:
     """Poll; ``_outlet`` is kept open as long as this process lives."""
-    children: set[multiprocessing.process.BaseProcess] = set()
     while os.getppid() == parent:
-        children |= multiprocessing.process._children
-        for child in children:
-            ending = _ending(child.pid)
-            if ending is not None:
-                try:
-                    print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
-                finally:
-                    os._exit(1)
+        try:
+            lost = report_lost_child()
+        except OSError:
+            lost = True
+        if lost:
+            os._exit(1)
         time.sleep(POLL_SECONDS)
     os.killpg(0, signal.SIGKILL)
-
-
-def _ending(child: int) -> str | None:
-    """How a child ended, None while it runs; it is left to be waited for by whoever started it."""
-    try:
-        result = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return "ended"
-    if result is None:
-        return None
-    if result.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-        return f"was ended by signal {result.si_status}, {signal.strsignal(result.si_status)}"
-    return f"exited with status {result.si_status}"

@@ -33,6 +33,7 @@ def main() -> None:
         status = 0
     except BaseException:
         traceback.print_exc()
+        guard.report_lost_child()
     finally:
         # Even if there is no room to print: what Python does at its own end waits for Lava's processes.
         with contextlib.suppress(OSError):
