@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def main() -> None:
         status = 0
     except BaseException:
         traceback.print_exc()
+        # A lost child may be the reason, and be felt before its end is known.
+        time.sleep(guard.POLL_SECONDS)
         guard.report_lost_child()
     finally:
         # Even if there is no room to print: what Python does at its own end waits for Lava's processes.
