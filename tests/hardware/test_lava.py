@@ -83,7 +83,7 @@ def residual_network(steps: int, **neurons: Any) -> IntegerNetwork:
         "third": ((6, 4, 3), 220),
         "fourth": ((6, 4, 3), 420),
         "fifth": ((12,), 200),
-        "sixth": ((8,), 200),
+        "sixth": ((8,), 120),
     }
     return IntegerNetwork(
         InputSpec((2, 8, 6), constant_codes=(200,)),
@@ -178,7 +178,7 @@ def test_leaky_network_is_exact(
     network = conv_network(steps, current_decay=current_decay, voltage_decay=voltage_decay)
     *spiking, readout = network.populations
     network = replace(network, populations=(*spiking, replace(readout, current_decay=3000, voltage_decay=200)))
-    inputs = codes_for(network, 3)
+    inputs = codes_for(network, 2)
     assert_lively(network, inputs)
     assert_exact(engine, network, inputs, tmp_path)
 
@@ -187,7 +187,7 @@ def test_leaky_network_is_exact(
 @pytest.mark.parametrize(("steps", "neurons"), [(4, {}), (64, {"current_decay": 2500, "voltage_decay": 301})], ids=str)
 def test_branches_of_unequal_length_are_exact(steps: int, neurons: dict[str, int], tmp_path: Path) -> None:
     network = residual_network(steps, **neurons)
-    inputs = codes_for(network, 3)
+    inputs = codes_for(network, 2)
     assert_lively(network, inputs)
     assert_exact("lava", network, inputs, tmp_path)
 
