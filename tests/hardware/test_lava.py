@@ -184,7 +184,7 @@ def test_leaky_network_is_exact(
 
 
 @needs_lava
-@pytest.mark.parametrize(("steps", "neurons"), [(4, {}), (64, {"current_decay": 2500, "voltage_decay": 301})], ids=str)
+@pytest.mark.parametrize(("steps", "neurons"), [(4, {}), (16, {"current_decay": 2500, "voltage_decay": 301})], ids=str)
 def test_branches_of_unequal_length_are_exact(steps: int, neurons: dict[str, int], tmp_path: Path) -> None:
     network = residual_network(steps, **neurons)
     inputs = codes_for(network, 2)
