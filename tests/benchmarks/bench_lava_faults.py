@@ -176,8 +176,8 @@ def command_of(kind: Kind, scratch: Path, namespaces: Sequence[str]) -> list[str
     return [*namespaces, "sh", "-c", ON_SMALL_DISK, "sh", str(size), place, *command]
 
 
-def grown_namespaces() -> list[str]:
-    """How to get a mount namespace here; empty if there is no way."""
+def namespace_command() -> list[str]:
+    """The beginning of a command that gets a mount namespace of its own; empty where there is no way."""
     for options in ("-m", "-rm"):
         trial = ["unshare", options, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
         with contextlib.suppress(OSError):
@@ -255,7 +255,7 @@ def main() -> None:
     if options.caller is not None:
         run_caller(options.caller)
         return
-    rng, namespaces = random.Random(options.seed), grown_namespaces()
+    rng, namespaces = random.Random(options.seed), namespace_command()
     kinds = [kind for kind in KINDS if namespaces or kind.small is None or kind.small[0] == "disk"]
     if options.only is not None:
         kinds = [kind for kind in kinds if kind.name == options.only]
