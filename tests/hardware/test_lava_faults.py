@@ -172,8 +172,11 @@ def run_for_ever() -> None:
 
 
 @needs_lava
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_parent_leaves_nothing(sent: signal.Signals, scratch: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "to_worker"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)],
+)
+def test_an_interrupted_parent_leaves_nothing(sent: signal.Signals, to_worker: bool, scratch: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", "from tests.hardware.test_lava_faults import run_for_ever; run_for_ever()"],
         cwd=ROOT,
@@ -189,6 +192,9 @@ def test_an_interrupted_parent_leaves_nothing(sent: signal.Signals, scratch: Pat
         return any(lava_runs(name) for name in names)
 
     assert eventually(any_lava_runs)
-    os.kill(parent.pid, sent)
+    workers = [worker for name in names for worker in children_of(parent.pid, name)] if to_worker else []
+    assert len(workers) == to_worker
+    for process in (parent.pid, *workers):
+        os.kill(process, sent)
     parent.wait(PATIENCE_SECONDS)
     assert eventually(lambda: all(nothing_is_left(name, scratch) for name in names))
