@@ -87,11 +87,17 @@ def conv_weights_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
 
 
 def conv_weight_exponents_have_4_bits(network: IntegerNetwork) -> Iterator[Breach]:
-    """A convolution's mantissas are shifted by -8..7; those of dense weights are even, and so within its reach."""
+    """A convolution's mantissas are shifted by -8..7; narrow ones can take over what is beyond.
+
+    Those of dense weights are even, and so within reach.
+    """
     for s in network.synapses:
-        if s.kind == "conv" and s.exponent > MAX_WEIGHT_EXPONENT:
-            limit = f"at most {MAX_WEIGHT_EXPONENT}"
-            yield Breach(s.name, f"exponent {s.exponent}", limit, "lower the population's scale")
+        low, high = int(s.weight.min()) >> MAX_WEIGHT_EXPONENT, int(s.weight.max()) >> MAX_WEIGHT_EXPONENT
+        too_wide = low < MIN_WEIGHT_MANTISSA or high > MAX_WEIGHT_MANTISSA
+        if s.kind == "conv" and s.exponent > MAX_WEIGHT_EXPONENT and too_wide:
+            limit = f"{MIN_WEIGHT_MANTISSA}..{MAX_WEIGHT_MANTISSA} times 2**{MAX_WEIGHT_EXPONENT}"
+            actual = f"{low}..{high} times 2**{MAX_WEIGHT_EXPONENT}"
+            yield Breach(s.name, actual, limit, "lower the population's scale")
 
 
 def dense_weights_are_even_and_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
