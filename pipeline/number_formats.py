@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from hardware.targets.loihi2 import MAX_BIAS, WEIGHT_BITS
+from hardware.targets.loihi2 import MAX_BIAS, MAX_WEIGHT_EXPONENT, WEIGHT_BITS
 from pipeline.folding import RealPopulation, RealSynapse
 
 EXPONENT: Mapping[Literal["conv", "dense"], int] = {"conv": 0, "dense": 1}
 """Of 8-bit mantissas. Loihi keeps only even weights of mixed-sign dense synapses, so theirs are shifted by one bit."""
-CONV_SHIFTS = 7
-"""Powers of two that a conv's 8-bit mantissas may be shifted by: Loihi's weight exponent ends at 7. Those of dense
-synapses cannot be, for their weights end at 254."""
+CONV_SHIFTS = MAX_WEIGHT_EXPONENT
+"""Powers of two that a conv's 8-bit mantissas may be shifted by. Those of dense synapses cannot be, for their weights
+end at 254."""
 CONSTANT_CHANNELS = 1
 """That may carry the constant part of an image; a second one would carry what rounding the first leaves."""
 WIDE_BITS, WIDE_SHIFTS = 24, 7

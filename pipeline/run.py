@@ -214,12 +214,13 @@ def _obstacles(graph: LayerGraph) -> Iterator[dict[str, str]]:
     neurons = [layer.options for layer in graph.layers if layer.kind == "spike"]
     for name, sources in graph.sources.items():
         if len(sources) > 1:
-            yield dict.fromkeys(LAVA_RUNTIMES, f"its layers do not follow one another ({name} reads several)")
+            yield {"netx": f"its layers do not follow one another ({name} reads several)"}
             break
     if any(options["subtract"] for options in neurons):
         yield dict.fromkeys(LAVA_RUNTIMES, "its neurons subtract their threshold at the reset")
-    if any(options["beta"] != 1 for options in neurons):
-        yield dict.fromkeys(("lava", "onnxruntime"), "its neurons leak, which no file that it reads holds exactly")
+    others = any(layer.kind in ("synaptic_current", "leaky_readout") for layer in graph.layers)
+    if others or any(options["beta"] != 1 for options in neurons):
+        yield {"onnxruntime": "its neurons leak, which no file that it reads holds exactly"}
 
 
 def without_lava(config: Config) -> tuple[Config, list[dict[str, str]]]:

@@ -22,8 +22,8 @@ from hardware.errors import Missing, SpikeguardError
 from hardware.files import read_arrays, write_arrays, write_json
 from hardware.formats.hdf5_guard import require_plain_hdf5
 from hardware.network import IntArray, IntegerNetwork
-from hardware.runtimes.lava_job import Arrays, Engine, describe_input, describe_network, read_records
-from hardware.runtimes.supervisor import run_supervised
+from hardware.runtimes.lava_job import Arrays, Engine, depths, describe_input, describe_network, read_records
+from hardware.runtimes.supervisor import SHARED_MEMORY, run_supervised
 from hardware.targets.lava import LAVA, NETX
 from hardware.targets.rules import require
 from hardware.trace import Record, Trace
@@ -110,8 +110,15 @@ class _Lava:
         if not samples:
             raise SpikeguardError("there is nothing to run; bring at least one sample")
         facts = {**self._facts, **about_input, "record": record}
-        with tempfile.TemporaryDirectory(prefix="lava-") as folder:
-            records = self._work(Path(folder), facts, {**self._arrays, **frames}, samples)
+        try:
+            with tempfile.TemporaryDirectory(prefix="lava-") as folder:
+                records = self._work(Path(folder), facts, {**self._arrays, **frames}, samples)
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise SpikeguardError(
+                f"the job for the Lava worker ({self.name}) cannot be written to {place} ({error}); "
+                "make room there, or set TMPDIR to a folder with room"
+            ) from error
         trace = read_records(self.network, samples, records, record)
         stepping = float(records["stepping_seconds"])
         self.last_run = RunTimes(time.perf_counter() - begun - stepping, stepping)
@@ -124,7 +131,8 @@ class _Lava:
             [str(self.python), str(WORKER), str(folder)],
             subject=f"the Lava worker ({self.name})",
             time_limit=self.time_limit or default_time_limit(self.network, samples),
-            remedy="check the bundle with `spikeguard verify`, or set Lava up again with `make setup`",
+            remedy=f"if memory, {SHARED_MEMORY} or {tempfile.gettempdir()} is full, make room; "
+            "else check the bundle with `spikeguard verify`, or set Lava up again with `make setup`",
             # Lava's shared-memory manager puts a socket into the temporary directory.
             environment={
                 "OMP_NUM_THREADS": "1",
@@ -140,7 +148,7 @@ class LavaRuntime(_Lava):
     """Stock Conv, Dense and LIFReset processes, built from an integer network.
 
     Args:
-        network: a chain, as read from a bundle.
+        network: as read from a bundle. Where branches of unequal length meet, the short one passes relays.
         python: interpreter of the Lava environment; None looks for it.
         time_limit: seconds for one run; None derives it from the work.
 
@@ -195,6 +203,9 @@ def default_time_limit(network: IntegerNetwork, samples: int) -> float:
         synapse.weight.size * int(np.prod(network.by_name[synapse.target].shape[1:], dtype=np.int64))
         for synapse in network.synapses
     )
-    processes = 1 + 2 * len(network.populations)
-    steps = samples * network.steps + len(network.populations)
+    depth_of = depths(network)
+    deepest = max(depth_of.values())
+    # For every synapse its own process, a neuron process and at most the relays that hold back its source.
+    processes = sum(2 + 2 * (depth_of[s.target] - depth_of[s.source]) for s in network.synapses)
+    steps = samples * network.steps + deepest
     return STARTUP_LIMIT_SECONDS + steps * (processes * SECONDS_PER_PROCESS_STEP + operations * SECONDS_PER_OPERATION)

@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware.errors import SpikeguardError
-from hardware.network import FRACTION_BITS, STATE_LIMIT, IntArray, IntegerNetwork, Population, Shape
+from hardware.network import (
+    FRACTION_BITS,
+    INPUT,
+    STATE_LIMIT,
+    IntArray,
+    IntegerNetwork,
+    Population,
+    Shape,
+    Synapse,
+)
 from hardware.targets.lava import dense_weight_exponent
 from hardware.targets.loihi2 import MAX_VTH_MANTISSA
 from hardware.trace import PopulationTrace, Record, Trace
@@ -23,25 +32,24 @@ GRADED_MESSAGE_BITS = 8
 
 
 def describe_network(network: IntegerNetwork, engine: Engine) -> tuple[dict[str, Any], Arrays]:
-    """The job's facts and arrays about a chain; netx gets shapes only, its numbers come from its file."""
+    """The job's facts and arrays about a network; netx gets shapes only, its numbers come from its file."""
     layers: list[dict[str, Any]] = []
     arrays: Arrays = {}
+    depth_of = depths(network)
     for index, population in enumerate(network.populations):
-        facts: dict[str, Any] = {"name": population.name, "shape": lava_shape(population.shape)}
+        name = population.name
+        facts: dict[str, Any] = {"name": name, "shape": lava_shape(population.shape), "depth": depth_of[name]}
         if engine == "processes":
-            (synapse,) = network.incoming(population.name)
             facts |= {
-                "kind": synapse.kind,
-                "source_shape": lava_shape(network.source_shape(synapse)),
-                "stride": synapse.stride,
-                "padding": synapse.padding,
-                "weight_exponent": dense_weight_exponent(synapse.weight) if synapse.kind == "dense" else 0,
                 "threshold": lava_threshold(population),
                 "current_decay": population.current_decay,
                 "voltage_decay": population.voltage_decay,
+                "synapses": [_describe_synapse(network, synapse) for synapse in network.incoming(name)],
             }
-            arrays[f"weight.{index}"] = lava_kernel(synapse.weight) if synapse.kind == "conv" else synapse.weight
             arrays[f"bias.{index}"] = to_lava_axes(population.bias, population.shape).astype(np.int32)
+            for number, synapse in enumerate(network.incoming(name)):
+                weight = lava_kernel(synapse.weight) if synapse.kind == "conv" else synapse.weight
+                arrays[f"weight.{index}.{number}"] = weight
         layers.append(facts)
     graded = network.input.max_code > 1
     return {
@@ -50,6 +58,25 @@ def describe_network(network: IntegerNetwork, engine: Engine) -> tuple[dict[str,
         "message_bits": GRADED_MESSAGE_BITS if graded else 0,
         "layers": layers,
     }, arrays
+
+
+def _describe_synapse(network: IntegerNetwork, synapse: Synapse) -> dict[str, Any]:
+    return {
+        "source": synapse.source,
+        "kind": synapse.kind,
+        "source_shape": lava_shape(network.source_shape(synapse)),
+        "stride": synapse.stride,
+        "padding": synapse.padding,
+        "weight_exponent": dense_weight_exponent(synapse.weight) if synapse.kind == "dense" else 0,
+    }
+
+
+def depths(network: IntegerNetwork) -> dict[str, int]:
+    """Synapses on the longest way from the input to each population, each of which takes a step on Lava."""
+    depth = {INPUT: 0}
+    for population in network.populations:
+        depth[population.name] = 1 + max(depth[synapse.source] for synapse in network.incoming(population.name))
+    return depth
 
 
 def describe_input(network: IntegerNetwork, codes: IntArray) -> tuple[dict[str, Any], Arrays]:
@@ -71,30 +98,29 @@ def describe_input(network: IntegerNetwork, codes: IntArray) -> tuple[dict[str, 
                 f"inputs have {presented.shape[1]} steps, the network {network.steps}; bring as many steps"
             )
         presented, hold = presented.reshape(-1, *shape), 1
-    frames = to_lava_axes(presented, shape).astype(np.int32)
-    if network.incoming(network.populations[0].name)[0].kind == "dense":
-        frames = presented.reshape(len(presented), -1).astype(np.int32)
-    return {"hold": hold}, {"frames": frames}
+    return {"hold": hold}, {"frames": to_lava_axes(presented, shape).astype(np.int32)}
 
 
 def read_records(network: IntegerNetwork, samples: int, records: Mapping[str, NDArray[Any]], record: Record) -> Trace:
-    """Cut the worker's records into samples and steps, undoing the latency of one step per layer.
+    """Cut the worker's records into samples and steps, undoing the latency of one step per synapse.
 
     Raises:
-        SpikeguardError: if the readout spiked or saturated, so that its membrane is not the sum.
+        SpikeguardError: if the readout spiked, or saturated so that its membrane is not the sum.
     """
     populations = {}
-    for depth, population in enumerate(network.populations, start=1):
+    depth_of = depths(network)
+    for index, population in enumerate(network.populations):
         if record == "readouts" and population.spiking:
             continue
         spikes, membranes = (
-            _cut(records[f"{kind}.{depth - 1}"], population, depth, samples, network.steps)
+            _cut(records[f"{kind}.{index}"], population, depth_of[population.name], samples, network.steps)
             for kind in ("spikes", "membranes")
         )
         if not population.spiking:
-            if spikes.any() or np.any(np.abs(membranes) >= STATE_LIMIT):
+            is_clipped_sum = not population.is_leaky and np.any(np.abs(membranes) >= STATE_LIMIT)
+            if spikes.any() or is_clipped_sum:
                 raise SpikeguardError(
-                    f"readout {population.name} left the range of the membrane that sums it up on Lava; "
+                    f"readout {population.name} left the range of the membrane that integrates it on Lava; "
                     "quantise it at a smaller scale"
                 )
             populations[population.name] = PopulationTrace(None, membranes)

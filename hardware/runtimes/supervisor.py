@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from hardware.errors import SpikeguardError
 
@@ -60,7 +61,7 @@ def run_supervised(
     """
     name = f"sg{secrets.token_hex(6)}"
     variables = {**os.environ, **(environment or {}), NAME_VARIABLE: name, PARENT_VARIABLE: str(os.getpid())}
-    with tempfile.TemporaryFile() as output, _termination_as_exception():
+    with _output_file() as output, _termination_as_exception():
         try:
             process = subprocess.Popen(
                 command,
@@ -86,8 +87,15 @@ def run_supervised(
             "give it more time or less to do"
         )
     if status != 0:
-        raise SpikeguardError(f"{subject} failed with exit status {status}{_last_words(printed)}; {remedy}")
+        raise SpikeguardError(f"{subject} {_ending(status)}{_last_words(printed)}; {remedy}")
     return printed
+
+
+def _output_file() -> IO[bytes]:
+    """A file without a name; in memory where the system can, so that a full disk can be told of."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("output"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 @contextlib.contextmanager
@@ -148,6 +156,12 @@ def _kill_named(name: str) -> int:
             finally:
                 os.close(handle)
     return found
+
+
+def _ending(status: int) -> str:
+    if status > 0:
+        return f"failed with exit status {status}"
+    return f"was ended by signal {-status}, {signal.strsignal(-status)}"
 
 
 def _last_words(printed: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware.network import DECAY_UNITY, IntegerNetwork, Synapse
+from hardware.network import IntegerNetwork, Synapse
 from hardware.targets.loihi2 import (
     CORE,
     MAX_DENSE_WEIGHT,
@@ -17,6 +17,7 @@ from hardware.targets.loihi2 import (
     biases_fit_13_bits,
     decays_fit_12_bits,
     membranes_reset_to_zero,
+    synaptic_sums_cannot_wrap,
     thresholds_fit_17_bits,
 )
 from hardware.targets.rules import Breach, Target
@@ -27,19 +28,11 @@ WEIGHT_EXPONENTS = range(-8, 8)
 
 
 def populations_form_a_chain(network: IntegerNetwork) -> Iterator[Breach]:
-    """Branches would arrive at different steps: each layer delays by one."""
+    """The loader's file is a list of layers, each of which reads the one before it."""
     if not network.is_chain():
         pairs = ", ".join(synapse.name for synapse in network.synapses)
         limit = "each population reads the one before it"
-        yield Breach("network", pairs, limit, "run it on the emulator, or export NIR")
-
-
-def readout_only_integrates(network: IntegerNetwork) -> Iterator[Breach]:
-    """The sum over steps is read from the membrane, which therefore must not leak."""
-    readout = network.readout
-    if readout.is_leaky:
-        actual = f"decays {readout.current_decay}, {readout.voltage_decay}"
-        yield Breach(readout.name, actual, f"decays {DECAY_UNITY}, 0", "read out through neurons that do not leak")
+        yield Breach("network", pairs, limit, "use the Lava processes instead of netx, or export NIR")
 
 
 def dense_weights_are_8_bit_mantissas_with_one_exponent(network: IntegerNetwork) -> Iterator[Breach]:
@@ -68,19 +61,18 @@ def netx_keeps_dense_weights(network: IntegerNetwork) -> Iterator[Breach]:
 LAVA = Target(
     "lava",
     (
-        populations_form_a_chain,
         membranes_reset_to_zero,
         thresholds_fit_17_bits,
         biases_fit_13_bits,
         decays_fit_12_bits,
-        readout_only_integrates,
+        synaptic_sums_cannot_wrap,
         dense_weights_are_8_bit_mantissas_with_one_exponent,
     ),
     neuron_bytes=NEURON_BYTES,
     smallest_weight_bits=1,
     core=CORE,
 )
-NETX = replace(LAVA, name="netx", rules=(*LAVA.rules, netx_keeps_dense_weights))
+NETX = replace(LAVA, name="netx", rules=(populations_form_a_chain, *LAVA.rules, netx_keeps_dense_weights))
 
 
 def dense_weight_exponent(weight: NDArray[np.int32]) -> int | None:

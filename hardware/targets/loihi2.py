@@ -6,7 +6,8 @@ without a word in the simulation. So they are checked before anything is written
 Sources. [Lava]: the precisions that lava-nc 0.10.0 declares for its fixed-point LIF (``lava/proc/lif/models.py``),
 and what it keeps of a dense weight (``lava/utils/weightutils.py``).
 [Brief]: Intel, "Taking Neuromorphic Computing to the Next Level with Loihi 2", technology brief, 2021. [Hala]: Intel,
-"Intel Builds World's Largest Neuromorphic System", April 2024.
+"Intel Builds World's Largest Neuromorphic System", April 2024. [Michaelis]: Michaelis et al., "Brian2Loihi: An emulator
+for the neuromorphic chip Loihi", Frontiers in Neuroinformatics 16, 2022; of the first Loihi, whose neurons these are.
 
 Not public, and therefore no rules here: axons in and out of a core, entries of its routing tables, its program
 memory, and how far the encoding of synapses inflates or compresses them. (Of the first Loihi they are: 4,096 axons
@@ -32,6 +33,8 @@ WEIGHT_BITS = 8
 MIN_DENSE_WEIGHT, MAX_DENSE_WEIGHT = -256, 254
 """Mixed-sign dense weights lose their lowest bit: only even ones exist [Lava]."""
 MIN_WEIGHT_MANTISSA, MAX_WEIGHT_MANTISSA = -(2 ** (WEIGHT_BITS - 1)), 2 ** (WEIGHT_BITS - 1) - 1
+MAX_WEIGHT_EXPONENT = 7
+"""The weight exponent is signed with 4 bits, -8..7 [Michaelis]."""
 MAX_DECAY = 2**12 - 1
 """Both decays have 12 bits [Lava]."""
 NEURON_BYTES = 8
@@ -81,6 +84,20 @@ def conv_weights_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
             if low < MIN_WEIGHT_MANTISSA or high > MAX_WEIGHT_MANTISSA:
                 limit = f"{MIN_WEIGHT_MANTISSA}..{MAX_WEIGHT_MANTISSA} times 2**{s.exponent}"
                 yield Breach(s.name, f"{low}..{high}", limit, f"quantise to {WEIGHT_BITS} bits or fewer")
+
+
+def conv_weight_exponents_have_4_bits(network: IntegerNetwork) -> Iterator[Breach]:
+    """A convolution's mantissas are shifted by -8..7; narrow ones can take over what is beyond.
+
+    Those of dense weights are even, and so within reach.
+    """
+    for s in network.synapses:
+        low, high = int(s.weight.min()) >> MAX_WEIGHT_EXPONENT, int(s.weight.max()) >> MAX_WEIGHT_EXPONENT
+        too_wide = low < MIN_WEIGHT_MANTISSA or high > MAX_WEIGHT_MANTISSA
+        if s.kind == "conv" and s.exponent > MAX_WEIGHT_EXPONENT and too_wide:
+            limit = f"{MIN_WEIGHT_MANTISSA}..{MAX_WEIGHT_MANTISSA} times 2**{MAX_WEIGHT_EXPONENT}"
+            actual = f"{low}..{high} times 2**{MAX_WEIGHT_EXPONENT}"
+            yield Breach(s.name, actual, limit, "lower the population's scale")
 
 
 def dense_weights_are_even_and_have_8_bits(network: IntegerNetwork) -> Iterator[Breach]:
@@ -148,6 +165,7 @@ LOIHI2 = Target(
         thresholds_fit_17_bits,
         biases_fit_13_bits,
         conv_weights_have_8_bits,
+        conv_weight_exponents_have_4_bits,
         dense_weights_are_even_and_have_8_bits,
         decays_fit_12_bits,
         synaptic_sums_cannot_wrap,

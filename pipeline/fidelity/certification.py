@@ -14,6 +14,7 @@ from hardware.emulator import run_emulator
 from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
 from hardware.reference import run_reference
+from hardware.runtimes.lava import LavaRuntime, NetxRuntime
 from hardware.runtimes.opening import open_runtime
 from hardware.runtimes.protocol import Runtime
 from hardware.trace import Trace, compare_traces
@@ -98,6 +99,7 @@ def _certify_one(runtime: Runtime, subset: Selection, expected: Trace) -> dict[s
     trace = runtime.run(subset.codes, record="traces")
     seconds = time.perf_counter() - start
     difference = compare_traces(expected, trace)
+    times = runtime.last_run if isinstance(runtime, LavaRuntime | NetxRuntime) else None
     return {
         "name": runtime.name,
         "version": runtime.version,
@@ -108,6 +110,9 @@ def _certify_one(runtime: Runtime, subset: Selection, expected: Trace) -> dict[s
         "mismatched_readouts": difference.readouts,
         "first_mismatch": None if difference.first is None else list(difference.first),
         "samples_per_second": len(subset.codes) / seconds,
+        # Only Lava tells apart what it needs before the first step and what each sample needs then.
+        "startup_seconds": None if times is None else times.startup,
+        "stepping_samples_per_second": None if times is None else len(subset.codes) / times.stepping,
     }
 
 

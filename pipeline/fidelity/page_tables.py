@@ -179,6 +179,7 @@ RUNTIMES = (
     Column("Differing membranes", _mismatches("mismatched_membranes")),
     Column("Differing readouts", _mismatches("mismatched_readouts")),
     Column("Images per second", lambda row: number(_three_digits(row.get("samples_per_second")))),
+    Column("Seconds to start", lambda row: number(_three_digits(row.get("startup_seconds")))),
 )
 LAYERS = (
     Column("Layer", _plain("name"), numeric=False),

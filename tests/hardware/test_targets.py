@@ -35,6 +35,7 @@ def test_a_network_within_all_limits_breaks_no_rule() -> None:
 
 DENSE_RULE = "dense weights are even and have 8 bits"
 CONV_RULE = "conv weights have 8 bits"
+EXPONENT_RULE = "conv weight exponents have 4 bits"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,8 @@ CONV_RULE = "conv weights have 8 bits"
         (with_population(0, reset="zero"), with_population(0, reset="subtract"), ("first", "membranes reset to zero")),
         (with_weight(1, -128, 8), with_weight(1, 128, 9), ("first->second", CONV_RULE)),
         (with_weight(1, 254, 8, 1), with_weight(1, -129, 9), ("first->second", CONV_RULE)),
+        (with_weight(1, 127 << 7, 8, 7), with_weight(1, 64 << 8, 8, 8), ("first->second", EXPONENT_RULE)),
+        (with_weight(1, 7 << 11, 4, 11), with_weight(1, 8 << 11, 5, 11), ("first->second", EXPONENT_RULE)),
         (with_weight(2, 254, 8, 1), with_weight(2, 256, 9, 1), ("first->out", DENSE_RULE)),
         (with_weight(2, -256, 8, 1), with_weight(2, -258, 9, 1), ("first->out", DENSE_RULE)),
         (with_weight(2, 126, 8), with_weight(2, 127, 8), ("first->out", DENSE_RULE)),

@@ -85,6 +85,8 @@ RUNTIME_FIELDS = {
     "mismatched_membranes",
     "mismatched_readouts",
     "samples_per_second",
+    "startup_seconds",
+    "stepping_samples_per_second",
 }
 
 
@@ -316,4 +318,7 @@ def test_lava_and_netx_are_certified_spike_for_spike(small_run: SmallRun, tmp_pa
         row = by_name[name]
         assert (row["samples"], row["adversarial_samples"]) == (6, 6)
         assert row["mismatched_spikes"] == row["mismatched_membranes"] == row["mismatched_readouts"] == 0
+        seconds = row["startup_seconds"] + 12 / row["stepping_samples_per_second"]
+        assert 0 < row["startup_seconds"] < seconds <= 12 / row["samples_per_second"]
+    assert by_name["emulator"]["startup_seconds"] is by_name["emulator"]["stepping_samples_per_second"] is None
     assert report["arms"] == small_run.report["arms"]

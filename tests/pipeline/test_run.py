@@ -429,10 +429,10 @@ def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
     [
         (
             {"network": "resnet-20", "width": 0.25},
-            "lava: its layers do not .*netx: its layers .*=.emulator, onnxruntime",
+            "netx: its layers do not .*=.emulator, lava, onnxruntime",
         ),
         ({"conversion__reset": "subtract"}, "lava: its neurons subtract.*netx: its neurons.*=.emulator, onnxruntime"),
-        ({"conversion__beta": 0.9}, "lava: its neurons leak.*onnxruntime: its neurons leak.*=.emulator, netx"),
+        ({"conversion__beta": 0.9}, "onnxruntime: its neurons leak.*=.emulator, lava, netx"),
     ],
     ids=["residual", "subtractive reset", "leak"],
 )

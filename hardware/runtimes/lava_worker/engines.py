@@ -11,7 +11,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from lava.magma.core.process.ports.ports import AbstractPort
+from lava.magma.core.process.ports.ports import AbstractPort, OutPort
 from lava.magma.core.process.process import AbstractProcess
 from lava.proc.conv.process import Conv
 from lava.proc.dense.process import Dense
@@ -19,94 +19,152 @@ from lava.proc.lif.process import LIFReset
 
 STATE_UNIT = 64
 BIAS_EXPONENT = 6
-# Step s of sample k, both counted from 0, reaches layer l at time step k T + s + l + 1, both counted from 1.
-# The layer's state is wiped at s = 0; for the first layer that is time step 2 of each sample.
-FIRST_LAYER_OFFSET = 2
+INPUT = "input"
+IF_DECAYS = (4096, 0)
+# Step s of sample k, both counted from 0, reaches a layer of depth d at time step k T + s + d + 1, counted from 1.
+# Its state is wiped at s = 0.
+RESET_AFTER_DEPTH = 1
 
 Array = np.ndarray[Any, Any]
+Inlets = list[tuple[int, AbstractPort]]
+"""Ports that take the input, each with the steps by which its input lags behind."""
+
+
+@dataclass
+class HeldSynapse:
+    """A synapse process, and the weights it is meant to hold: in its own layout, in weight units."""
+
+    name: str
+    process: AbstractProcess
+    weight: Array
 
 
 @dataclass
 class Layer:
-    """One synapse process, the neuron process behind it, and the parameters they are meant to hold.
+    """A neuron process, the synapse processes before it, and the parameters they are meant to hold.
 
     Attributes:
-        weight: in the synapse process' own layout, in weight units.
+        index: of its population in the job; None for a relay.
+        depth: synapse processes on the way from the input to it.
         bias: broadcast to the neuron process' shape, in weight units.
         threshold: integer mantissa.
         decays: shares of 4096 lost per step by current and voltage.
     """
 
     name: str
-    synapse: AbstractProcess
+    index: int | None
+    depth: int
+    synapses: list[HeldSynapse]
     neuron: AbstractProcess
-    weight: Array
     bias: Array
     threshold: int
     decays: tuple[int, int]
 
 
-def build_processes(job: dict[str, Any], arrays: dict[str, Array]) -> tuple[AbstractPort, list[Layer]]:
-    """Chain stock processes as the job describes them.
+def build_processes(job: dict[str, Any], arrays: dict[str, Array]) -> tuple[Inlets, list[Layer]]:
+    """Connect stock processes as the job describes them.
 
-    Returns:
-        (port of the first synapse process that takes the input, layers)
+    Every synapse process takes one step. Where branches of unequal length meet, relays hold back the short one: the
+    spikes of a population pass a chain of them, which later populations tap where they need to. The input is
+    presented once more instead, as late as it is needed.
     """
-    layers = []
+    steps: int = job["steps"]
+    inlets: Inlets = []
+    layers: list[Layer] = []
+    # Of each population, its spikes and what its relays make of them, each a step later.
+    taps: dict[str, list[Layer]] = {}
     for index, facts in enumerate(job["layers"]):
-        weight, bias = arrays[f"weight.{index}"], arrays[f"bias.{index}"]
-        message_bits = job["message_bits"] if index == 0 else 0
-        if facts["kind"] == "conv":
-            synapse = Conv(
-                weight=weight,
-                input_shape=tuple(facts["source_shape"]),
-                stride=facts["stride"],
-                padding=facts["padding"],
-                num_message_bits=message_bits,
-            )
-        else:
-            exponent = facts["weight_exponent"]
-            mantissas = weight >> exponent if exponent >= 0 else weight << -exponent
-            synapse = Dense(weights=mantissas, weight_exp=exponent, num_message_bits=message_bits)
-        neuron = LIFReset(
-            shape=tuple(facts["shape"]),
-            vth=facts["threshold"],
-            du=facts["current_decay"] - 1,
-            dv=facts["voltage_decay"],
-            bias_mant=bias,
-            bias_exp=BIAS_EXPONENT,
-            reset_interval=job["steps"],
-            reset_offset=index + FIRST_LAYER_OFFSET,
-        )
-        synapse.a_out.connect(neuron.a_in)
-        if layers:
-            source = layers[-1].neuron.s_out
-            if facts["kind"] == "dense" and len(source.shape) == 3:
-                source = source.transpose([2, 1, 0]).flatten()
-            source.connect(synapse.s_in)
+        name, depth = facts["name"], facts["depth"]
+        neuron = _neuron(facts, arrays[f"bias.{index}"], depth, steps)
+        synapses = []
+        for number, about in enumerate(facts["synapses"]):
+            source, weight = about["source"], arrays[f"weight.{index}.{number}"]
+            synapse = _synapse(about, weight, job["message_bits"] if source == INPUT else 0)
+            synapse.a_out.connect(neuron.a_in)
+            synapses.append(HeldSynapse(f"{source}->{name}", synapse, weight))
+            if source == INPUT:
+                inlets.append((depth - 1, synapse.s_in))
+                continue
+            chain = taps[source]
+            while chain[-1].depth < depth - 1:
+                chain.append(_relay(chain[-1], source, steps))
+                layers.append(chain[-1])
+            connect(chain[depth - 1 - chain[0].depth].neuron.s_out, synapse.s_in)
         decays = (facts["current_decay"], facts["voltage_decay"])
-        layers.append(Layer(facts["name"], synapse, neuron, weight, bias, facts["threshold"], decays))
-    return layers[0].synapse.s_in, layers
+        bias, threshold = arrays[f"bias.{index}"], facts["threshold"]
+        taps[name] = [Layer(name, index, depth, synapses, neuron, bias, threshold, decays)]
+        layers += taps[name]
+    return inlets, layers
 
 
-def build_netx(job: dict[str, Any], _arrays: dict[str, Array]) -> tuple[AbstractPort, list[Layer]]:
-    """Load the job's model.net with lava-dl, and from the file itself what the processes are meant to hold.
+def connect(source: OutPort, sink: AbstractPort) -> None:
+    """Connect two ports; a dense synapse reads an image in C order of (channel, height, width)."""
+    if len(source.shape) == 3 and len(sink.shape) == 1:
+        source.transpose([2, 1, 0]).flatten().connect(sink)
+    else:
+        source.connect(sink)
 
-    Returns:
-        (port of the network that takes the input, layers)
-    """
+
+def _synapse(about: dict[str, Any], weight: Array, message_bits: int) -> AbstractProcess:
+    if about["kind"] == "conv":
+        return Conv(
+            weight=weight,
+            input_shape=tuple(about["source_shape"]),
+            stride=about["stride"],
+            padding=about["padding"],
+            num_message_bits=message_bits,
+        )
+    exponent = about["weight_exponent"]
+    mantissas = weight >> exponent if exponent >= 0 else weight << -exponent
+    return Dense(weights=mantissas, weight_exp=exponent, num_message_bits=message_bits)
+
+
+def _neuron(facts: dict[str, Any], bias: Array, depth: int, steps: int) -> AbstractProcess:
+    return LIFReset(
+        shape=tuple(facts["shape"]),
+        vth=facts["threshold"],
+        du=facts["current_decay"] - 1,
+        dv=facts["voltage_decay"],
+        bias_mant=bias,
+        bias_exp=BIAS_EXPONENT,
+        reset_interval=steps,
+        reset_offset=depth + RESET_AFTER_DEPTH,
+    )
+
+
+def _relay(before: Layer, source: str, steps: int) -> Layer:
+    """Neurons that repeat each spike one step later: weight 1, threshold 0, and no memory beyond the reset."""
+    shape, depth = before.neuron.s_out.shape, before.depth + 1
+    if len(shape) == 3:
+        weight = np.ones((shape[2], 1, 1, 1), np.int32)
+        synapse = Conv(weight=weight, input_shape=shape, groups=shape[2])
+    else:
+        weight = np.eye(shape[0], dtype=np.int32)
+        synapse = Dense(weights=weight)
+    current_decay, voltage_decay = IF_DECAYS
+    facts = {"shape": shape, "threshold": 0, "current_decay": current_decay, "voltage_decay": voltage_decay}
+    bias = np.zeros(shape, np.int32)
+    neuron = _neuron(facts, bias, depth, steps)
+    before.neuron.s_out.connect(synapse.s_in)
+    synapse.a_out.connect(neuron.a_in)
+    name = f"relay of {source} at depth {depth}"
+    return Layer(name, None, depth, [HeldSynapse(name, synapse, weight)], neuron, bias, 0, IF_DECAYS)
+
+
+def build_netx(job: dict[str, Any], _arrays: dict[str, Array]) -> tuple[Inlets, list[Layer]]:
+    """Load the job's model.net with lava-dl, and from the file itself what the processes are meant to hold."""
     _stand_in_for_slayer()
     from lava.lib.dl.netx.hdf5 import Network
 
     with h5py.File(job["net"], "r") as file:
         groups = [file["layer"][str(index)] for index in range(len(file["layer"]))]
         meant = [_meant_by(group) for group in groups if _text(group["type"]) in ("conv", "dense")]
-    # netx counts its reset offset from one below the first layer's.
+    # netx adds a layer's number, counted from 1, to the offset; in a chain that is its depth.
     network = Network(
         net_config=job["net"],
         input_message_bits=job["message_bits"],
         reset_interval=job["steps"],
-        reset_offset=FIRST_LAYER_OFFSET - 1,
+        reset_offset=RESET_AFTER_DEPTH,
     )
     if not len(meant) == len(network.layers) == len(job["layers"]):
         raise ValueError(
@@ -114,13 +172,15 @@ def build_netx(job: dict[str, Any], _arrays: dict[str, Array]) -> tuple[Abstract
             f"the network has {len(job['layers'])}"
         )
     layers = []
-    for facts, block, (weight, bias, threshold, decays) in zip(job["layers"], network.layers, meant, strict=True):
-        shape = tuple(int(size) for size in block.neuron.s_out.shape)
+    numbered = enumerate(zip(job["layers"], network.layers, meant, strict=True))
+    for index, (facts, block, (weight, bias, threshold, decays)) in numbered:
+        name, shape = facts["name"], tuple(int(size) for size in block.neuron.s_out.shape)
         if shape != tuple(facts["shape"]):
-            raise ValueError(f"layer {facts['name']} has shape {shape} in the file, expected {facts['shape']}")
+            raise ValueError(f"layer {name} has shape {shape} in the file, expected {facts['shape']}")
+        synapses = [HeldSynapse(name, block.synapse, weight)]
         bias = np.broadcast_to(bias, shape)
-        layers.append(Layer(facts["name"], block.synapse, block.neuron, weight, bias, threshold, decays))
-    return network.inp, layers
+        layers.append(Layer(name, index, facts["depth"], synapses, block.neuron, bias, threshold, decays))
+    return [(0, network.inp)], layers
 
 
 def _meant_by(group: h5py.Group) -> tuple[Array, Array, int, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Dying with the caller: nothing this process starts or shares outlives the supervisor that started it."""
+"""Dying together: nothing this process starts or shares outlives the supervisor, nor this process what it started."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-PARENT_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 RANDOM_NAME_CHARACTERS = 16
-# Group, folder and two beginnings of names. Run in a session of its own, it lives to remove what the killed
-# processes can no longer add to.
-CLEAN_UP = 'kill -s KILL -- "-$1"; rm -rf -- "$2" "$3"* "$4"*'
+# A shell in a session of its own. It waits until this process and its children are gone, for they hold the other end of
+# its input; then until the parent is, which otherwise cleans up itself and ends the shell; and removes what they left.
+CLEAN_UP = 'read -r _; while kill -0 "$1" 2>/dev/null; do sleep 1; done; rm -rf -- "$2" "$3"* "$4"*'
 
 
 def name_shared_memory(prefix: str) -> None:
@@ -31,15 +31,27 @@ def name_shared_memory(prefix: str) -> None:
     multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"
 
 
-def die_with_parent(parent: int, prefix: str, folder: Path) -> None:
-    """End this process group, and remove what it left, as soon as process ``parent`` is gone.
+def die_together(parent: int, prefix: str, folder: Path) -> None:
+    """End as soon as any of us is gone: the parent, this process or one of its children.
 
-    Forked children ask the kernel to be killed with this process; a thread here watches the parent, which
-    covers a parent that was killed with no chance to clean up. It polls, because a pipe from the parent would
-    stay open in whatever else the parent forked.
+    Forked children ask the kernel to be killed with this process. A thread here watches the others: without the
+    parent it ends the process group, without a child this process, which would wait for that child for ever. It polls,
+    because a pipe from the parent would stay open in whatever else the parent forked. A parent that was killed had no
+    chance to clean up; a shell does that.
     """
+    arguments = (str(parent), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
+    command = ["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments]
+    outlet = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).stdin
+    multiprocessing.process._children = _Children()
     os.register_at_fork(after_in_child=functools.partial(_be_killed_with, os.getpid()))
-    threading.Thread(target=_watch, args=(parent, prefix, folder), daemon=True).start()
+    threading.Thread(target=_watch, args=(parent, outlet), daemon=True).start()
+
+
+class _Children(set):
+    """Python's record of the processes it started, which forgets those that ended whenever it starts another."""
+
+    def discard(self, _child: multiprocessing.process.BaseProcess) -> None:
+        """Keep it."""
 
 
 def _be_killed_with(worker: int) -> None:
@@ -50,8 +62,28 @@ def _be_killed_with(worker: int) -> None:
         os._exit(1)
 
 
-def _watch(parent: int, prefix: str, folder: Path) -> None:
+def report_lost_child() -> bool:
+    """Print how a child ended, if one did, which none does by itself; whether there is one."""
+    for child in list(multiprocessing.process._children):
+        status = child.exitcode
+        if status is not None:
+            if status < 0:
+                ending = f"was ended by signal {-status}, {signal.strsignal(-status)}"
+            else:
+                ending = f"exited with {status}"
+            print(f"a process of Lava's, {child.pid}, {ending}", file=sys.stderr, flush=True)
+            return True
+    return False
+
+
+def _watch(parent: int, _outlet: object) -> None:
+    """Poll; ``_outlet`` is kept open as long as this process lives."""
     while os.getppid() == parent:
-        time.sleep(PARENT_POLL_SECONDS)
-    arguments = (str(os.getpgrp()), str(folder), f"{SHARED_MEMORY}/{prefix}", f"{SHARED_MEMORY}/sem.{prefix}")
-    subprocess.Popen(["/bin/sh", "-c", CLEAN_UP, "clean-up", *arguments], start_new_session=True)
+        try:
+            lost = report_lost_child()
+        except OSError:
+            lost = True
+        if lost:
+            os._exit(1)
+        time.sleep(POLL_SECONDS)
+    os.killpg(0, signal.SIGKILL)

@@ -23,20 +23,29 @@ def shared_array(shape: tuple[int, ...], dtype: type) -> Array:
 
 
 @dataclass
-class LayerRecord:
-    """What one layer (a synapse process and the neuron process behind it) shows of itself.
+class SynapseRecord:
+    """What a synapse process holds.
 
     Attributes:
-        weight: held by the synapse process when the first step was done, in its own layout.
-        weight_exponent: the synapse process multiplies its sums by two to this power.
-        bias, threshold: held by the neuron process, in state units (64 per weight unit).
+        weight: when the first step was done, in the process' own layout.
+        weight_exponent: the process multiplies its sums by two to this power.
+    """
+
+    weight: Array
+    weight_exponent: Array
+
+
+@dataclass
+class NeuronRecord:
+    """What a neuron process holds, and what it did.
+
+    Attributes:
+        bias, threshold: in state units (64 per weight unit).
         decays: current and voltage lost per step, in shares of 4096.
         spikes: bool (steps, *shape), or None where not asked for.
         membranes: int32 (steps, *shape) after reset, or None where not asked for.
     """
 
-    weight: Array
-    weight_exponent: Array
     bias: Array
     threshold: Array
     decays: Array
@@ -44,19 +53,21 @@ class LayerRecord:
     membranes: Array | None
 
 
-LAYERS: list[LayerRecord] = []
+# A process carries the number of its record in its parameters.
+SYNAPSES: list[SynapseRecord] = []
+NEURONS: list[NeuronRecord] = []
 
 
-def add_layer(weight_shape: tuple[int, ...], shape: tuple[int, ...], steps: int, recorded: bool) -> int:
-    """Set up the record of the next layer, before Lava forks its processes.
+def add_synapse(weight_shape: tuple[int, ...]) -> int:
+    """Set up the record of the next synapse process, before Lava forks its processes; returns its number."""
+    SYNAPSES.append(SynapseRecord(shared_array(weight_shape, np.int64), shared_array((1,), np.int64)))
+    return len(SYNAPSES) - 1
 
-    Returns:
-        its number, which the layer's processes carry in their parameters.
-    """
-    LAYERS.append(
-        LayerRecord(
-            weight=shared_array(weight_shape, np.int64),
-            weight_exponent=shared_array((1,), np.int64),
+
+def add_neuron(shape: tuple[int, ...], steps: int, recorded: bool) -> int:
+    """Set up the record of the next neuron process, before Lava forks its processes; returns its number."""
+    NEURONS.append(
+        NeuronRecord(
             bias=shared_array(shape, np.int64),
             threshold=shared_array((1,), np.int64),
             decays=shared_array((2,), np.int64),
@@ -64,4 +75,4 @@ def add_layer(weight_shape: tuple[int, ...], shape: tuple[int, ...], steps: int,
             membranes=shared_array((steps, *shape), np.int32) if recorded else None,
         )
     )
-    return len(LAYERS) - 1
+    return len(NEURONS) - 1

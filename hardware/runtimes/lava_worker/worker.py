@@ -8,8 +8,10 @@ names, and SPIKEGUARD_PARENT, the process that this one must not outlive.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def main() -> None:
     """Run the job in the folder given on the command line, and end without waiting for anything."""
     folder, prefix = Path(sys.argv[1]).resolve(), os.environ["SPIKEGUARD_WORKER"]
     guard.name_shared_memory(prefix)
-    guard.die_with_parent(int(os.environ["SPIKEGUARD_PARENT"]), prefix, folder)
+    guard.die_together(int(os.environ["SPIKEGUARD_PARENT"]), prefix, folder)
     status = 1
     try:
         # Importing Lava takes a while; the guard stands before.
@@ -32,9 +34,15 @@ def main() -> None:
         status = 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        # A lost child may be the reason, and be felt before its end is known.
+        time.sleep(guard.POLL_SECONDS)
+        guard.report_lost_child()
+    finally:
+        # Even if there is no room to print: what Python does at its own end waits for Lava's processes.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lava.proc.dense.process import Dense
 from lava.proc.lif.models import PyLifResetModelBitAcc
 from lava.proc.lif.process import LIFReset
 
-LAYER = "observed_layer"
+RECORD = "observed_record"
 
 
 @implements(proc=LIFReset, protocol=LoihiProtocol)
@@ -27,7 +27,7 @@ class ObservedLIFReset(PyLifResetModelBitAcc):
     def reset_voltage(self, spike_vector: Any) -> None:
         """Reset as Lava does, the last thing that happens to the membranes in a step; then note them down."""
         super().reset_voltage(spike_vector)
-        record = recording.LAYERS[self.proc_params[LAYER]]
+        record = recording.NEURONS[self.proc_params[RECORD]]
         if record.spikes is not None:
             record.spikes[self.time_step - 1] = spike_vector
             record.membranes[self.time_step - 1] = self.v
@@ -47,7 +47,7 @@ class ObservedConv(PyConvModelFixed):
         """Step as Lava does."""
         super().run_spk()
         if self.time_step == 1:
-            recording.LAYERS[self.proc_params[LAYER]].weight[...] = self.weight
+            recording.SYNAPSES[self.proc_params[RECORD]].weight[...] = self.weight
 
 
 @implements(proc=Dense, protocol=LoihiProtocol)
@@ -60,7 +60,7 @@ class ObservedDense(PyDenseModelBitAcc):
         """Step as Lava does."""
         super().run_spk()
         if self.time_step == 1:
-            record = recording.LAYERS[self.proc_params[LAYER]]
+            record = recording.SYNAPSES[self.proc_params[RECORD]]
             record.weight[...] = self.weights
             record.weight_exponent[...] = self.weight_exp
 

@@ -12,10 +12,10 @@ from lava.magma.core.sync.protocols.loihi_protocol import LoihiProtocol
 
 
 class Present(AbstractProcess):
-    """Sends frame k of `frames` (frames, *shape) during `hold` steps each, then zeros."""
+    """Sends frame k of `frames` (frames, *shape) during `hold` steps each, zeros for `lag` steps before and then."""
 
-    def __init__(self, *, frames: np.ndarray, hold: int) -> None:
-        super().__init__(frames=frames, hold=hold)
+    def __init__(self, *, frames: np.ndarray, hold: int, lag: int) -> None:
+        super().__init__(frames=frames, hold=hold, lag=lag)
         self.s_out = OutPort(shape=frames.shape[1:])
 
 
@@ -30,5 +30,5 @@ class PresentModel(PyLoihiProcessModel):
     def run_spk(self) -> None:
         """Send one step's codes."""
         frames, hold = self.proc_params["frames"], self.proc_params["hold"]
-        index = (self.time_step - 1) // hold
-        self.s_out.send(frames[index] if index < len(frames) else np.zeros_like(frames[0]))
+        index = (self.time_step - 1 - self.proc_params["lag"]) // hold
+        self.s_out.send(frames[index] if 0 <= index < len(frames) else np.zeros_like(frames[0]))
