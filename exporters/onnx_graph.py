@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hardware.files import write_bytes
-from hardware.network import FRACTION_BITS, IntegerNetwork, Population, Shape, readout_unit
+from hardware.network import DECAY_UNITY, FRACTION_BITS, IntegerNetwork, Population, Shape, readout_unit
 
 OPSET = 17
 IR_VERSION = 8
@@ -107,11 +107,13 @@ class NetworkGraph(GraphBuilder):
     Args:
         network: what it computes.
         codes: ONNX's number for the type of the codes that synapses read; the image itself is uint8.
+        states: that of the states.
     """
 
-    def __init__(self, network: IntegerNetwork, codes: int) -> None:
+    def __init__(self, network: IntegerNetwork, codes: int, states: int) -> None:
         super().__init__()
         self.network = network
+        self.states = states
         self.declare_input("image", TensorProto.UINT8, network.input.shape)
         self.declare_output("readout", TensorProto.INT32, (network.classes,))
         self.declare_output("logits", TensorProto.FLOAT, (network.classes,))
@@ -128,6 +130,17 @@ class NetworkGraph(GraphBuilder):
     def flat(self, value: str, shape: Shape, out: str = "flat") -> str:
         """``(N, *shape)`` as ``(N, neurons)``."""
         return self.add("Flatten", value, out=out, axis=1) if len(shape) > 1 else value
+
+    def decayed(self, state: str | None, share: int, label: str) -> list[str]:
+        """What is left of a state of the step before, if anything: truncated towards zero, as ONNX divides integers."""
+        if state is None or share == DECAY_UNITY:
+            return []
+        if share == 0:
+            return [state]
+        wide = self.add("Cast", state, to=TensorProto.INT64, out=f"{label}/wide")
+        kept = self.add("Mul", wide, self.constant(f"keep/{share}", np.int64(DECAY_UNITY - share)), out=f"{label}/kept")
+        left = self.add("Div", kept, self.constant("decay/unity", np.int64(DECAY_UNITY)), out=f"{label}/left")
+        return [self.add("Cast", left, to=self.states, out=f"{label}/decayed")]
 
     def bias_per_channel(self, population: Population) -> bool:
         """Whether the bias is one value per channel (or neuron), not one per position."""

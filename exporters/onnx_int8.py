@@ -33,7 +33,7 @@ from exporters.magnitudes import largest_sums
 from exporters.onnx_graph import STATE_UNIT, NetworkGraph
 from hardware.bounds import current_bounds, prove
 from hardware.errors import RuleViolations, Violation
-from hardware.network import DECAY_UNITY, INPUT, STATE_LIMIT, IntegerNetwork, Population, Synapse
+from hardware.network import INPUT, STATE_LIMIT, IntegerNetwork, Population, Synapse
 
 MAX_CODE = 255
 MAX_STEPS = 255
@@ -138,7 +138,7 @@ class _Int8Graph(NetworkGraph):
     """Codes and spikes in uint8, everything that is summed in int32."""
 
     def __init__(self, network: IntegerNetwork) -> None:
-        super().__init__(network, TensorProto.UINT8)
+        super().__init__(network, TensorProto.UINT8, TensorProto.INT32)
         self._saturates = {row.population: row.can_saturate for row in prove(network)}
 
     def unit(self, population: Population) -> int:
@@ -193,10 +193,10 @@ class _Int8Graph(NetworkGraph):
         name = population.name
         current = None
         if population.is_leaky:
-            kept = self._decayed(before.current if before else None, population.current_decay, f"{name}/current")
+            kept = self.decayed(before.current if before else None, population.current_decay, f"{name}/current")
             current = self.total([*kept, *sums], f"{name}/current")
             sums = [current, *([self._bias(population)] if population.bias.any() else [])]
-        kept = self._decayed(before.membrane if before else None, population.voltage_decay, f"{name}/membrane")
+        kept = self.decayed(before.membrane if before else None, population.voltage_decay, f"{name}/membrane")
         membrane = self.total([*kept, *sums], f"{name}/integrated")
         if self._saturates[name]:
             limit = np.int32(STATE_LIMIT)
@@ -232,18 +232,6 @@ class _Int8Graph(NetworkGraph):
                 parts.append(self.synapse(synapse, small[synapse.source], steps))
         bias = self.constant(f"bias/{readout.name}", (steps * readout.bias[np.newaxis]).astype(np.int32))
         return self.total([*parts, bias], "total")
-
-    def _decayed(self, state: str | None, share: int, label: str) -> list[str]:
-        """What is left of a state of the step before, if anything."""
-        if state is None or share == DECAY_UNITY:
-            return []
-        if share == 0:
-            return [state]
-        wide = self.add("Cast", state, to=TensorProto.INT64, out=f"{label}/wide")
-        kept = self.add("Mul", wide, self.constant(f"keep/{share}", np.int64(DECAY_UNITY - share)), out=f"{label}/kept")
-        unity = self.constant("decay/unity", np.int64(DECAY_UNITY))
-        left = self.add("Div", kept, unity, out=f"{label}/left")
-        return [self.add("Cast", left, to=TensorProto.INT32, out=f"{label}/decayed")]
 
     def _bias(self, population: Population) -> str:
         bias = population.bias

@@ -218,9 +218,6 @@ def _obstacles(graph: LayerGraph) -> Iterator[dict[str, str]]:
             break
     if any(options["subtract"] for options in neurons):
         yield dict.fromkeys(LAVA_RUNTIMES, "its neurons subtract their threshold at the reset")
-    others = any(layer.kind in ("synaptic_current", "leaky_readout") for layer in graph.layers)
-    if others or any(options["beta"] != 1 for options in neurons):
-        yield {"onnxruntime": "its neurons leak, which no file that it reads holds exactly"}
 
 
 def without_lava(config: Config) -> tuple[Config, list[dict[str, str]]]:

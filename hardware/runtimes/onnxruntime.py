@@ -28,6 +28,7 @@ BATCH_SAMPLES = 32
 STEPS_KEY = "spikeguard.steps"
 KIND_KEY = "spikeguard.graph"
 NEXT_STATE = "next_membrane_"
+STATES = ("membrane_", "current_")
 SPIKES = "spikes_"
 REMEDY = "export the bundle again"
 EXTERNAL_DATA = re.compile(rb"(?:\x08|\x88\x80{0,8}\x00)location")
@@ -160,17 +161,19 @@ def run_steps(model: OnnxModel, inputs: IntArray, record: Record) -> Trace:
     codes = _codes(model, inputs, leading=2 if changes_over_time else 1)
     names = _populations(port.name for port in model.session.get_outputs())
     spiking = [name for name in names if f"spikes_{name}" in model.shapes]
-    wanted = ["readout", *(f"next_membrane_{n}" for n in names), *(f"spikes_{n}" for n in spiking)]
-    states = {f"membrane_{n}": np.zeros((len(codes), *model.shapes[f"membrane_{n}"]), np.float32) for n in names}
+    recorded = [*(f"next_membrane_{n}" for n in names), *(f"spikes_{n}" for n in spiking)]
+    kept = [name for name in model.shapes if name.startswith(STATES)]
+    states: dict[str, NDArray[Any]] = {n: np.zeros((len(codes), *model.shapes[n]), np.float32) for n in kept}
     states["readout_before"] = np.zeros((len(codes), *model.shapes["readout"]), np.int32)
-    history: dict[str, list[NDArray[Any]]] = {key: [] for key in wanted}
+    wanted = list(dict.fromkeys(["readout", *(f"next_{n}" for n in kept), *recorded]))
+    history: dict[str, list[NDArray[Any]]] = {key: [] for key in recorded}
     for step in range(model.steps):
         image = np.ascontiguousarray(codes[:, step]) if changes_over_time else codes
         results = dict(zip(wanted, model(wanted, {"image": image, **states}), strict=True))
-        states = {f"membrane_{n}": results[f"next_membrane_{n}"] for n in names}
+        states = {n: results[f"next_{n}"] for n in kept}
         states["readout_before"] = results["readout"]
         if record == "traces":
-            for key in wanted[1:]:
+            for key in recorded:
                 history[key].append(results[key].reshape(len(codes), -1))
     readouts = states["readout_before"].astype(np.int64)
     if record == "readouts":
@@ -225,9 +228,11 @@ def _port_violations(session: Any, kind: str) -> list[Violation]:
         wanted_outputs |= {name: "tensor(bool)" for name in outputs if name.startswith(SPIKES)}
     if kind == "step":
         populations = _populations(outputs)
-        wanted_inputs |= {f"membrane_{name}": "tensor(float)" for name in populations}
+        currents = [f"current_{name}" for name in populations if f"current_{name}" in inputs]
+        kept = [*(f"membrane_{name}" for name in populations), *currents]
+        wanted_inputs |= dict.fromkeys(kept, "tensor(float)")
         wanted_inputs["readout_before"] = "tensor(int32)"
-        wanted_outputs |= {f"next_membrane_{name}": "tensor(float)" for name in populations}
+        wanted_outputs |= {f"next_{name}": "tensor(float)" for name in kept}
         wanted_outputs |= {f"spikes_{n}": "tensor(bool)" for n in populations if f"spikes_{n}" in outputs}
     problems = []
     for found, wanted in ((inputs, wanted_inputs), (outputs, wanted_outputs)):

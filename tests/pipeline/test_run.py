@@ -432,9 +432,8 @@ def test_without_lava_the_rest_goes_on_and_what_is_missing_is_named(
             "netx: its layers do not .*=.emulator, lava, onnxruntime",
         ),
         ({"conversion__reset": "subtract"}, "lava: its neurons subtract.*netx: its neurons.*=.emulator, onnxruntime"),
-        ({"conversion__beta": 0.9}, "onnxruntime: its neurons leak.*=.emulator, lava, netx"),
     ],
-    ids=["residual", "subtractive reset", "leak"],
+    ids=["residual", "subtractive reset"],
 )
 def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
     data: Path, tmp_path: Path, change: dict[str, object], told: str
@@ -451,17 +450,15 @@ def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
 
 
 def test_a_format_that_a_runtime_needs_is_not_left_out(data: Path, tmp_path: Path) -> None:
-    leaky = values(data, conversion__beta=0.75, fidelity__runtimes=["emulator"])
-    Run(validate_config(leaky, "test"), tmp_path, "").ensure()
+    subtracting = values(data, conversion__reset="subtract", fidelity__runtimes=["emulator"])
+    Run(validate_config(subtracting, "test"), tmp_path, "").ensure()
     held = {path.name for path in (tmp_path / "bundle").iterdir()}
-    assert {"network.json", "model.net", "model.nir", "model.int8.onnx", "model.float.onnx"} <= held
-    assert not {"model.onnx", "model.step.onnx"} & held
-    leaky["fidelity"] = {"runtimes": ["emulator", "onnxruntime"]}
+    assert {"network.json", "model.onnx", "model.step.onnx", "model.int8.onnx", "model.float.onnx"} <= held
+    assert not {"model.nir", "model.net"} & held
+    subtracting["fidelity"] = {"runtimes": ["emulator", "netx"]}
     with pytest.raises(RuleViolations) as caught:
-        Run(validate_config(leaky, "test"), tmp_path, "").ensure()
-    assert {row.rule for row in caught.value.violations} == {
-        "neuron is IF; a 12-bit decay of a 24-bit state is not exact in float32"
-    }
+        Run(validate_config(subtracting, "test"), tmp_path, "").ensure()
+    assert {row.rule for row in caught.value.violations} == {"membranes reset to zero"}
 
 
 def test_a_second_run_in_the_same_folder_is_turned_away(tmp_path: Path) -> None:

@@ -174,14 +174,15 @@ def test_labelled_pixels_leave_a_bundle_whose_test_images_a_fidelity_check_finds
 
 
 def test_files_that_cannot_hold_the_network_are_left_out_or_all_refused(tmp_path: Path) -> None:
-    path = leaky_graph(tmp_path / "m.nir")
-    with pytest.raises(RuleViolations, match="files for onnx"):
-        import_nir(path, "onnx", tmp_path / "b", assumed=(*SAID, "input=spikes"))
+    path = leaky_graph(tmp_path / "m.nir", pixels=False)
+    subtracting = (*SAID, "reset=subtract", "input=spikes")
+    with pytest.raises(RuleViolations, match="files for loihi"):
+        import_nir(path, "loihi", tmp_path / "b", assumed=subtracting)
     assert not (tmp_path / "b").exists()
-    result = import_nir(path, "onnx", tmp_path / "b", assumed=(*SAID, "input=pixels"))
-    assert set(result.left_out) == {ONNX_FILE, ONNX_STEP_FILE}
+    result = import_nir(path, "onnx", tmp_path / "b", assumed=subtracting)
+    assert set(result.left_out) == {ONNX_FILE, ONNX_INT8_FILE}  # which take one image per sample
     rows = verify_bundle(result.bundle)
-    assert {row.file for row in rows} == {"network.json", ONNX_INT8_FILE, ONNX_FLOAT_FILE}
+    assert {row.file for row in rows} == {"network.json", ONNX_STEP_FILE, ONNX_FLOAT_FILE}
     assert all(row.equal for row in rows)
 
 
