@@ -28,7 +28,7 @@ import numpy as np
 
 from hardware.errors import SpikeguardError
 from hardware.runtimes import lava
-from hardware.runtimes.supervisor import NAME_VARIABLE, PARENT_VARIABLE, SHARED_MEMORY
+from hardware.runtimes.supervisor import HALF_MADE_SEMAPHORE, NAME_VARIABLE, PARENT_VARIABLE, SHARED_MEMORY
 from tests.hardware.test_lava import codes_for, conv_network
 
 RUNS = 55
@@ -196,7 +196,7 @@ def run_once(kind: Kind, row: Row, rng: random.Random, namespaces: Sequence[str]
             text=True,
             env={**os.environ, "TMPDIR": str(scratch)},
         )
-        begun, names = time.monotonic(), set[str]()
+        before, begun, names = half_made(), time.monotonic(), set[str]()
         delay, serving = rng.uniform(0, LATEST_KILL_SECONDS), False
         struck = not kind.victims
         while caller.poll() is None and time.monotonic() - begun < HANG_SECONDS:
@@ -211,7 +211,7 @@ def run_once(kind: Kind, row: Row, rng: random.Random, namespaces: Sequence[str]
             row.hangs += 1
             caller.kill()
         printed, errors = caller.communicate()
-        left = settle(caller.pid, names, scratch)
+        left = settle(caller.pid, names, scratch, before)
         row.seconds = max(row.seconds, time.monotonic() - begun)
         told: dict[str, Any] = json.loads(printed) if printed else {"message": errors, "files": 0, "blocks": 0}
         row.runs += 1
@@ -225,11 +225,17 @@ def run_once(kind: Kind, row: Row, rng: random.Random, namespaces: Sequence[str]
             row.unclear_messages.append(row.message or "(none)")
 
 
-def settle(caller: int, names: set[str], scratch: Path) -> tuple[int, int, int]:
+def half_made() -> set[Path]:
+    """Semaphores that were being made when their process was killed; they carry no one's name."""
+    return set(SHARED_MEMORY.glob(HALF_MADE_SEMAPHORE))
+
+
+def settle(caller: int, names: set[str], scratch: Path, before: set[Path]) -> tuple[int, int, int]:
     """Processes, shared-memory blocks and files that are still there when nothing is removed any more."""
     deadline = time.monotonic() + SETTLING_SECONDS
     while True:
         blocks = sum(any(name in block.name for name in names) for block in SHARED_MEMORY.iterdir())
+        blocks += len(half_made() - before)
         left = len(started_by(caller)), blocks, entries(scratch)
         if not any(left) or time.monotonic() > deadline:
             return left
