@@ -30,6 +30,9 @@ PARENT_VARIABLE = "SPIKEGUARD_PARENT"
 SHARED_MEMORY = Path("/dev/shm")
 PROCESSES = Path("/proc")
 KILL_SECONDS = 10.0
+# What glibc's sem_open calls a semaphore until it is complete, and seconds within which it always is.
+HALF_MADE_SEMAPHORE = "sem.??????"
+MAKING_SECONDS = 1.0
 TAIL_BYTES = 64 * 1024
 MESSAGE_LINES = 3
 # Lines of a Python traceback that say nothing to a user.
@@ -118,6 +121,7 @@ def _termination_as_exception() -> Iterator[None]:
 
 def _end_everything(process: subprocess.Popen[bytes], name: str) -> None:
     """Kill the process group and whatever else carries ``name``, then remove the shared memory it left."""
+    ended = time.time()
     # The group of a process that was waited for may be someone else's by now; there its name has to do.
     if process.returncode is None or not PROCESSES.is_dir():
         with contextlib.suppress(ProcessLookupError):
@@ -133,6 +137,34 @@ def _end_everything(process: subprocess.Popen[bytes], name: str) -> None:
         for pattern in (f"{name}*", f"sem.{name}*"):
             for block in SHARED_MEMORY.glob(pattern):
                 block.unlink(missing_ok=True)
+        if process.returncode != 0:
+            _remove_half_made_semaphores(ended)
+
+
+def _remove_half_made_semaphores(ended: float) -> None:
+    """Remove the semaphore that was being made when its process was killed, for it does not carry our name yet.
+
+    That is one of this user's, made just before the moment ``ended``, that stays what it is and that nobody has mapped.
+    """
+    found = []
+    for block in SHARED_MEMORY.glob(HALF_MADE_SEMAPHORE):
+        with contextlib.suppress(OSError):
+            made = block.stat()
+            if made.st_uid == os.getuid() and abs(ended - made.st_mtime) < MAKING_SECONDS:
+                found.append(block)
+    if found:
+        time.sleep(MAKING_SECONDS)
+    for block in found:
+        if not _is_mapped(block):
+            block.unlink(missing_ok=True)
+
+
+def _is_mapped(block: Path) -> bool:
+    for maps in PROCESSES.glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if f" {block}\n" in maps.read_text(errors="replace"):
+                return True
+    return False
 
 
 def _kill_named(name: str) -> int:

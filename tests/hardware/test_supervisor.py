@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -32,6 +33,14 @@ child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True
 note = pathlib.Path(sys.argv[1])
 note.with_suffix(".new").write_text(f"{name} {os.getpid()} {child.pid}")
 note.with_suffix(".new").rename(note)
+"""
+# Is killed while it makes a semaphore, as it were; an older one of such a name is not its own.
+MAKES_A_SEMAPHORE = """
+import os, pathlib, sys, time
+for name, age in zip(sys.argv[1:], (0, 60)):
+    pathlib.Path(name).write_bytes(bytes(32))
+    os.utime(name, (time.time() - age,) * 2)
+os.kill(os.getpid(), 9)
 """
 THEN_HANGS = LEAVES_A_MESS + "time.sleep(600)\n"
 THEN_FAILS = LEAVES_A_MESS + "raise ValueError('weights went missing')\n"
@@ -101,6 +110,16 @@ def test_time_limit_is_kept_and_leaves_nothing(tmp_path: Path) -> None:
         run_python(THEN_HANGS, str(note), time_limit=2.0)
     assert time.monotonic() - begun < PATIENCE_SECONDS
     assert nothing_is_left(note)
+
+
+def test_a_half_made_semaphore_is_removed_and_another_is_not() -> None:
+    own, other = (SHARED_MEMORY / f"sem.{secrets.token_hex(3)}" for _ in range(2))
+    try:
+        with pytest.raises(SpikeguardError, match="was ended by signal 9, Killed; mend it"):
+            run_python(MAKES_A_SEMAPHORE, str(own), str(other))
+        assert (own.exists(), other.exists()) == (False, True)
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def test_a_program_that_does_not_exist_is_an_error() -> None:

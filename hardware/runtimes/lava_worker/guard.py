@@ -21,7 +21,14 @@ POLL_SECONDS = 0.2
 RANDOM_NAME_CHARACTERS = 16
 # A shell in a session of its own. It waits until this process and its children are gone, for they hold the other end of
 # its input; then until the parent is, which otherwise cleans up itself and ends the shell; and removes what they left.
-CLEAN_UP = 'read -r _; while kill -0 "$1" 2>/dev/null; do sleep 1; done; rm -rf -- "$2" "$3"* "$4"*'
+# A semaphore that was being made does not carry our name yet, but one that others make now has its name a second later.
+CLEAN_UP = r"""
+read -r _
+half_made=$(find /dev/shm -maxdepth 1 -name 'sem.??????' -user "$(id -u)" -mmin -0.03 2>/dev/null)
+while sleep 1; kill -0 "$1" 2>/dev/null; do :; done
+rm -rf -- "$2" "$3"* "$4"*
+for block in $half_made; do grep -qs " $block\$" /proc/[0-9]*/maps || rm -f -- "$block"; done
+"""
 
 
 def name_shared_memory(prefix: str) -> None:
