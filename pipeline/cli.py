@@ -38,7 +38,6 @@ errors = Console(stderr=True)
 ERROR, USAGE, FAIL, INTERRUPTED = 1, 2, 3, 130
 UNBROKEN = 15  # columns no wider than this keep their words whole on a narrow terminal
 CONFORMANCE_WIDTH = 140
-MAX_CONNECTIONS = 32  # of the server; each may hold a whole request in memory
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="bundle folder")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="SOURCE", help="a bundle, or a run folder")]
@@ -342,24 +341,40 @@ def check(
 @app.command()
 def serve(
     path: BundlePath,
-    runtime: Annotated[str, typer.Option(help="reference, emulator, lava, netx or onnxruntime")] = "emulator",
+    runtime: Annotated[str, typer.Option(help="emulator, onnx, lava, netx or reference")] = "emulator",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one; the log says which")] = 8000,
+    name: Annotated[str, typer.Option(help="of the model, in the paths")] = "model",
+    batch: Annotated[int, typer.Option(min=1, help="images the runtime gets at once, from what is queued")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")] = 1024,
+    concurrency: Annotated[int, typer.Option(min=1, help="batches that run at the same time")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of one batch, in ONNX Runtime and the emulator")] = 1,
+    body_mib: Annotated[int, typer.Option("--body-mib", min=1, max=64, help="of one request; more gets 413")] = 8,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for a body to arrive, and for its answer")] = 30.0,
+    drain: Annotated[float, typer.Option(min=0, help="seconds between SIGTERM and the end of listening")] = 1.0,
+    log_level: Annotated[str, typer.Option("--log-level", help="debug (each request), info or warning")] = "info",
 ) -> None:
-    """Answer the Open Inference Protocol (JSON) over HTTP, once the golden traces are verified; needs no torch."""
+    """Answer the Open Inference Protocol over HTTP, once the golden traces are verified; needs no torch."""
+    if log_level not in ("debug", "info", "warning"):
+        _usage(f"there is no log level {log_level!r}; choose debug, info or warning")
     try:
-        import uvicorn
-
-        from hardware.server.app import create_app
+        from hardware.server.serving import serve as serve_model
     except ModuleNotFoundError as error:
         raise SpikeguardError(f"serving needs {error.name}; install spikeguard with its extra 'serve'") from error
-    from hardware.formats.bundle import open_bundle
-    from hardware.runtimes.opening import open_runtime
+    from hardware.files import MIB
+    from hardware.server.model import load_verified
+    from hardware.server.service import Settings
 
-    bundle = open_bundle(path)
-    server = create_app(bundle, open_runtime(runtime, bundle))
-    out.print(f"{escape(str(path))} on {runtime}: http://{host}:{port}/v2/models/model", soft_wrap=True)
-    uvicorn.run(server, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    settings = Settings(
+        name=name,
+        batch=batch,
+        queue=queue,
+        concurrency=concurrency,
+        body_bytes=body_mib * MIB,
+        timeout=timeout,
+        drain_seconds=drain,
+    )
+    serve_model(lambda: load_verified(path, runtime, threads), settings, host, port, log_level)
 
 
 @app.command()

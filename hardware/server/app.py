@@ -1,262 +1,142 @@
-"""The Open Inference Protocol (REST, JSON tensors) over any runtime.
+"""The routes of the Open Inference Protocol (REST, JSON and binary tensors) and of Prometheus.
 
-Every answer is JSON, errors are ``{"error": sentence}``: 400 for a request that is not well formed, 404 for an unknown
-path or model, 413 for a body above ``MAX_BODY_BYTES``, 500 if the runtime did not finish.
+Errors are ``{"error": sentence}``: 400 for a request that is not well formed, 404 for an unknown path or model, 408
+for a body that does not arrive in time, 413 for one that is too large, 415 for one that is compressed, 503 with
+``Retry-After`` while the model is not verified or too much waits, 504 for an answer that is not ready in time, 500 if
+the runtime did not finish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from importlib import metadata
-from itertools import chain, islice
-from math import prod
-from threading import Lock
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, JsonValue, model_validator
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from hardware.errors import RuleViolations, SpikeguardError, Violation
-from hardware.formats.bundle import Bundle
-from hardware.formats.strict import MAX_SHOWN, StrictModel, parse_strict
-from hardware.network import IntegerNetwork, Shape
-from hardware.runtimes.protocol import Runtime
-from hardware.trace import Trace, compare_traces
+from hardware.server.logs import log
+from hardware.server.metrics import CONTENT_TYPE
+from hardware.server.protocol import HEADER_LENGTH
+from hardware.server.service import RefusedError, Service
 
-MAX_BODY_BYTES = 16 * 2**20
-MAX_IMAGES = 1024
-MAX_PROBLEMS = 5
-MAX_CODE = 255
-REMEDY = "send what GET /v2/models/NAME describes"
-
-Count = Annotated[int, Field(ge=1)]
+EXTENSIONS = ["binary_tensor_data"]
 
 
-class RequestModel(StrictModel):
-    """A strict record that names unknown fields in one error: one each, for a body full of them, takes gigabytes."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def _has_no_other_fields(self) -> Self:
-        if self.model_extra:
-            some = ", ".join(repr(field[:MAX_SHOWN]) for field in islice(self.model_extra, MAX_PROBLEMS))
-            raise ValueError(f"there are {len(self.model_extra)} unknown fields, among them {some}")
-        return self
-
-
-class InputTensor(RequestModel):
-    """The images: uint8 codes ``shape``, nested like ``shape`` or flat in C order."""
-
-    name: Literal["image"]
-    datatype: Literal["UINT8"]
-    shape: Annotated[list[Count], Field(min_length=1, max_length=4, fail_fast=True)]
-    data: list[JsonValue]
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
-
-
-class RequestedOutput(RequestModel):
-    """An output the client wants; the protocol's parameters concern extensions that are not offered here."""
-
-    name: Literal["readout", "class", "logits"]
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
-
-
-class InferenceRequest(RequestModel):
-    """Body of an inference request; without ``outputs``, all of them are answered."""
-
-    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1, fail_fast=True)]
-    outputs: Annotated[tuple[RequestedOutput, ...], Field(max_length=3, fail_fast=True)] = ()
-    id: str | None = None
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
-
-
-def create_app(bundle: Bundle, runtime: Runtime, name: str = "model") -> Starlette:
-    """The server as an ASGI application, ready from the start: the golden traces are verified here.
-
-    Args:
-        bundle: what the runtime was opened on.
-        runtime: runs one request at a time, in a thread.
-        name: of the model, in the paths.
-
-    Raises:
-        SpikeguardError: if the runtime does not leave the readouts of the bundle's golden traces.
-    """
-    require_golden_readouts(bundle, runtime)
-    network, lock = bundle.network, Lock()
-
-    def answer(body: bytes) -> dict[str, Any]:
-        # Parsing is locked too: JSON takes several times the memory of its text.
-        with lock:
-            try:
-                request = parse_strict(InferenceRequest, body, "request", REMEDY)
-                images = read_images(request.inputs[0], network)
-            except SpikeguardError as error:
-                raise HTTPException(400, _sentence(error)) from error
-            tensors = _outputs(network, runtime.run(images).readouts)
-            wanted: list[str] = [output.name for output in request.outputs]
-            identity = {} if request.id is None else {"id": request.id}
-            return {"model_name": name, **identity, "outputs": [tensors[output] for output in wanted or tensors]}
+def create_app(service: Service) -> Starlette:
+    """The service as an ASGI application. Its model is loaded while it runs; until then it is live, but not ready."""
+    name = service.settings.name
+    version = metadata.version("spikeguard")
 
     def known(request: Request) -> None:
         if request.path_params["name"] != name:
-            raise HTTPException(404, f"there is no model {request.path_params['name']!r}; this server has {name!r}")
+            asked = request.path_params["name"][:100]
+            raise RefusedError(404, "unknown_model", f"there is no model {asked!r}; this server has {name!r}")
 
     async def live(_request: Request) -> Response:
-        return JSONResponse({"live": True})
+        return _json({"live": True})
 
     async def ready(_request: Request) -> Response:
-        return JSONResponse({"ready": True})
+        return _json({"ready": service.state == "ready"}, 200 if service.state == "ready" else 503)
 
     async def server(_request: Request) -> Response:
-        return JSONResponse({"name": "spikeguard", "version": metadata.version("spikeguard"), "extensions": []})
+        return _json({"name": "spikeguard", "version": version, "extensions": EXTENSIONS})
 
     async def model(request: Request) -> Response:
         known(request)
-        return JSONResponse(_model_metadata(network, runtime, name))
+        model = service.model()
+        limits = {
+            "max_images": service.settings.images,
+            "max_body_bytes": service.settings.body_bytes,
+            "runtime": model.runtime.name,
+            "runtime_version": model.runtime.version,
+        }
+        return _json(model.metadata(name, limits))
 
     async def model_ready(request: Request) -> Response:
         known(request)
-        return JSONResponse({"name": name, "ready": True})
+        is_ready = service.state == "ready"
+        return _json({"name": name, "ready": is_ready}, 200 if is_ready else 503)
 
     async def infer(request: Request) -> Response:
-        known(request)
-        return JSONResponse(await run_in_threadpool(answer, await _limited_body(request)))
+        start = time.perf_counter()
+        status, reason = 500, "internal"
+        try:
+            known(request)
+            body, header_length = await service.infer(request.receive, dict(request.scope["headers"]))
+            status, reason = 200, ""
+        except RefusedError as error:
+            status, reason = error.status, error.reason
+            raise
+        except ClientDisconnect:
+            status, reason = 499, "client_left"
+            raise
+        finally:
+            seconds = time.perf_counter() - start
+            service.metrics.request(status, seconds, reason)
+            level = logging.DEBUG if status == 200 else logging.ERROR if status == 500 else logging.INFO
+            log(level, "request", status=status, milliseconds=round(1000 * seconds, 3), reason=reason)
+        if header_length is None:
+            return Response(body, media_type="application/json")
+        return Response(body, media_type="application/octet-stream", headers={HEADER_LENGTH: str(header_length)})
+
+    async def metrics(_request: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.start())
+        yield
+        await loading
+        service.close()
 
     return Starlette(
         routes=[
+            Route("/v2/models/{name}/infer", infer, methods=["POST"]),
             Route("/v2", server),
             Route("/v2/health/live", live),
             Route("/v2/health/ready", ready),
             Route("/v2/models/{name}", model),
             Route("/v2/models/{name}/ready", model_ready),
-            Route("/v2/models/{name}/infer", infer, methods=["POST"]),
+            Route("/metrics", metrics),
         ],
         exception_handlers={
-            HTTPException: _refused,
-            SpikeguardError: _not_finished,
+            HTTPException: _http_error,
+            RefusedError: _refused,
             ClientDisconnect: _gone,
+            Exception: _broken,
         },
+        lifespan=lifespan,
     )
 
 
-def require_golden_readouts(bundle: Bundle, runtime: Runtime) -> None:
-    """Run the golden inputs and compare.
-
-    Raises:
-        SpikeguardError: if there are none, or a readout differs.
-    """
-    golden = bundle.golden
-    if not golden.trace.samples:
-        raise SpikeguardError(f"{bundle.path} has no golden traces to verify {runtime.name} with; export it again")
-    differing = compare_traces(Trace(golden.trace.readouts), runtime.run(golden.codes)).readouts
-    if differing:
-        raise SpikeguardError(
-            f"{runtime.name} leaves {differing} of {golden.trace.readouts.size} golden readouts of {bundle.path} "
-            "otherwise than the bundle says; run 'spikeguard verify' on it and export it again"
-        )
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    content = json.dumps(value, separators=(",", ":"))
+    return Response(content, status, headers, media_type="application/json")
 
 
-def read_images(tensor: InputTensor, network: IntegerNetwork) -> NDArray[np.uint8]:
-    """The codes ``(samples, *shape)`` of an input tensor.
-
-    Raises:
-        RuleViolations: if the data do not have the stated shape and type, or are no input of the network.
-    """
-    shape = tuple(tensor.shape)
-    if len(shape) != 1 + len(network.input.shape) or shape[1:] != network.input.shape:
-        allowed = f"[N, {', '.join(map(str, network.input.shape))}]"
-        raise _refusal("shape is that of a batch of images", str(tensor.shape), allowed)
-    if shape[0] > MAX_IMAGES:
-        raise _refusal("images per request", f"{shape[0]:,}", f"{MAX_IMAGES:,}")
-    values = _flatten(tensor.data, shape)
-    kinds = {type(value).__name__ for value in values}
-    if kinds != {"int"}:  # exactly: JSON's true is no code
-        raise _refusal("data are integers", ", ".join(sorted(kinds)), f"integers 0..{network.input.max_code}")
-    low, high = min(values), max(values)
-    if low < 0 or high > MAX_CODE:
-        raise _refusal("data are UINT8", f"{low}..{high}" if max(-low, high) < 2**31 else "more", f"0..{MAX_CODE}")
-    codes = np.array(values, np.uint8).reshape(shape)
-    network.input.present(codes)
-    return codes
-
-
-def _flatten(data: Sequence[Any], shape: Shape) -> Sequence[Any]:
-    values = data
-    if any(type(item) is list for item in data):
-        if len(data) != shape[0]:
-            raise _refusal("nested data have the stated shape", f"{len(data)} images", str(shape[0]))
-        for size in shape[1:]:
-            if not all(type(item) is list and len(item) == size for item in values):
-                raise _refusal("nested data have the stated shape", "another", f"{size} values in each list")
-            values = list(chain.from_iterable(values))
-    if len(values) != prod(shape):
-        raise _refusal("data have the stated shape", f"{len(values):,} values", f"{prod(shape):,}")
-    return values
-
-
-def _refusal(rule: str, actual: str, limit: str) -> RuleViolations:
-    return RuleViolations("request", [Violation("image", rule, actual, limit, REMEDY)])
-
-
-def _sentence(error: SpikeguardError) -> str:
-    if not isinstance(error, RuleViolations):
-        return str(error)
-    shown = [f"{v.object}: {v.rule} (has {v.actual}, allowed {v.limit})" for v in error.violations[:MAX_PROBLEMS]]
-    more = len(error.violations) - len(shown)
-    return "; ".join([*shown, *([f"{more} more problems"] if more else []), error.violations[0].remedy])
-
-
-def _outputs(network: IntegerNetwork, readouts: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
-    arrays = {
-        "readout": ("INT64", readouts),
-        "class": ("INT64", readouts.argmax(1)),
-        "logits": ("FP64", network.logits(readouts)),
-    }
-    return {
-        name: {"name": name, "datatype": datatype, "shape": list(array.shape), "data": array.ravel().tolist()}
-        for name, (datatype, array) in arrays.items()
-    }
-
-
-def _model_metadata(network: IntegerNetwork, runtime: Runtime, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "versions": [],
-        "platform": f"spikeguard_{runtime.name}",
-        "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, *network.input.shape]}],
-        "outputs": [
-            {"name": "readout", "datatype": "INT64", "shape": [-1, network.classes]},
-            {"name": "class", "datatype": "INT64", "shape": [-1]},
-            {"name": "logits", "datatype": "FP64", "shape": [-1, network.classes]},
-        ],
-    }
-
-
-async def _limited_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():  # counted here, for Content-Length may be missing or wrong
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES:,} bytes; send fewer images at once")
-    return bytes(body)
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _json({"error": error.detail}, error.status_code, error.headers)
 
 
 async def _refused(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _not_finished(_request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 500)
+    assert isinstance(error, RefusedError)
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return _json({"error": error.text}, error.status, headers)
 
 
 async def _gone(_request: Request, _error: Exception) -> Response:
-    return JSONResponse({"error": "the client left before its request was complete"}, 400)
+    return _json({"error": "the client left before its request was complete"}, 400)
+
+
+async def _broken(_request: Request, _error: Exception) -> Response:
+    return _json({"error": "an unexpected error, which is in this server's log; report it"}, 500)

@@ -1,0 +1,181 @@
+"""Micro-batching without waiting: whenever a runtime is free, it takes what is queued, up to a limit of images."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware.errors import SpikeguardError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a runtime says of images, a row each.
+
+    Attributes:
+        readouts: int64 ``(samples, classes)``.
+        spikes: int64 ``(samples, spiking populations)``, over all steps and neurons; None where not counted.
+    """
+
+    readouts: NDArray[np.int64]
+    spikes: NDArray[np.int64] | None = None
+
+    def __getitem__(self, rows: slice) -> Answer:
+        """The answer to some of the images."""
+        return Answer(self.readouts[rows], None if self.spikes is None else self.spikes[rows])
+
+
+SWEEP_SECONDS = 0.1
+Run = Callable[[NDArray[np.uint8], bool], Answer]
+"""Codes ``(samples, *shape)``, and whether to count their spikes."""
+
+
+class FullError(SpikeguardError):
+    """The queue is full; ``seconds`` says when to try again."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+        super().__init__(f"the queue is full; try again in {seconds} s")
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    codes: NDArray[np.uint8]
+    counts_spikes: bool
+    deadline: float
+    answer: asyncio.Future[Answer]
+
+
+class Batcher:
+    """Gathers requests into batches for a runtime that takes its time, in threads.
+
+    All methods are for the event loop's thread.
+
+    Args:
+        run: answers a batch of at most ``batch`` images. Requests that do not want their spikes counted share a batch
+            with those that do.
+        batch: images that are run at once; a request of more is run in parts.
+        queue: images that may wait. A request of more is taken if none wait.
+        timeout: seconds for an answer.
+        concurrency: batches that run at the same time.
+        watch: is told the images of each batch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        batch: int,
+        queue: int,
+        concurrency: int,
+        timeout: float,
+        watch: Callable[[int], Any] = lambda _images: None,
+    ) -> None:
+        self._run, self._batch, self._limit, self._timeout, self._watch = run, batch, queue, timeout, watch
+        self._free = concurrency
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="batch")
+        self._waiting: deque[_Waiting] = deque()
+        self._running: set[_Waiting] = set()
+        self._scheduled = False
+        self._sweeping = False
+        self._seconds_per_image = 0.0
+        self.queued = 0
+
+    async def answer(self, codes: NDArray[np.uint8], counts_spikes: bool = False) -> Answer:
+        """Wait for the answer to images; to be cancelled by whoever does not want it any more.
+
+        Raises:
+            FullError: if too many images wait already.
+            TimeoutError: if it takes too long.
+            SpikeguardError: if the runtime did not finish.
+        """
+        if self.queued and self.queued + len(codes) > self._limit:
+            raise FullError(max(1, math.ceil(self.queued * self._seconds_per_image)))
+        loop = asyncio.get_running_loop()
+        item = _Waiting(codes, counts_spikes, loop.time() + self._timeout, loop.create_future())
+        self._waiting.append(item)
+        self.queued += len(codes)
+        self._schedule()
+        if not self._sweeping:
+            self._sweeping = True
+            loop.call_later(SWEEP_SECONDS, self._sweep)
+        return await item.answer
+
+    def close(self) -> None:
+        """Wait for the batches that run; nothing else must wait any more."""
+        self._pool.shutdown()
+
+    def _schedule(self) -> None:
+        """Start batches once all that has arrived in this turn of the loop is queued."""
+        if self._free and self._waiting and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._start)
+
+    def _start(self) -> None:
+        self._scheduled = False
+        while self._free and (items := self._take()):
+            self._free -= 1
+            self._running.update(items)
+            work = asyncio.get_running_loop().run_in_executor(self._pool, self._work, items)
+            work.add_done_callback(partial(self._finish, items))
+
+    def _sweep(self) -> None:
+        """Give up what has waited too long: one timer for all costs less than one for each request."""
+        now = asyncio.get_running_loop().time()
+        for item in (*self._waiting, *self._running):
+            if item.deadline < now and not item.answer.done():
+                item.answer.set_exception(TimeoutError())
+        self._sweeping = bool(self._waiting or self._running)
+        if self._sweeping:
+            asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+
+    def _take(self) -> list[_Waiting]:
+        items: list[_Waiting] = []
+        images = 0
+        while self._waiting and (not items or images + len(self._waiting[0].codes) <= self._batch):
+            item = self._waiting.popleft()
+            self.queued -= len(item.codes)
+            if not item.answer.done():  # else nobody waits for it any more
+                items.append(item)
+                images += len(item.codes)
+        return items
+
+    def _work(self, items: list[_Waiting]) -> tuple[Answer, float]:
+        """In a thread: the answers to all images, in order."""
+        start = time.perf_counter()
+        codes = items[0].codes if len(items) == 1 else np.concatenate([item.codes for item in items])
+        counts_spikes = any(item.counts_spikes for item in items)
+        parts = [
+            self._run(codes[first : first + self._batch], counts_spikes) for first in range(0, len(codes), self._batch)
+        ]
+        spikes = [part.spikes for part in parts if part.spikes is not None]
+        readouts = parts[0].readouts if len(parts) == 1 else np.concatenate([part.readouts for part in parts])
+        answer = Answer(readouts, np.concatenate(spikes) if len(spikes) == len(parts) else None)
+        return answer, (time.perf_counter() - start) / len(codes)
+
+    def _finish(self, items: list[_Waiting], done: asyncio.Future[tuple[Answer, float]]) -> None:
+        self._free += 1
+        self._running.difference_update(items)
+        error = done.exception()
+        first = 0
+        for item in items:
+            if item.answer.done():
+                pass
+            elif error is not None:
+                item.answer.set_exception(error)
+            else:
+                item.answer.set_result(done.result()[0][first : first + len(item.codes)])
+            first += len(item.codes)
+        if error is None:
+            self._seconds_per_image = done.result()[1]
+        self._watch(first)
+        self._schedule()

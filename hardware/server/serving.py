@@ -1,0 +1,183 @@
+"""Runs the application: listening, time limits for connections, and an end that leaves no request unanswered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import HANDLED_SIGNALS, ServerState
+
+from hardware.errors import SpikeguardError
+from hardware.server.app import create_app
+from hardware.server.logs import log, log_as_json
+from hardware.server.model import ServedModel
+from hardware.server.service import Service, Settings
+
+BACKLOG = 2048
+POLL_SECONDS = 0.05
+SLOW_CLIENT = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 62\r\nconnection: close\r\n\r\n"
+    b'{"error":"the request did not arrive in time; send it faster"}'
+)
+
+
+def serve(load: Callable[[], ServedModel], settings: Settings, host: str, port: int, log_level: str) -> None:
+    """Serve until SIGTERM or SIGINT, and return when every request that was accepted is answered.
+
+    The model is loaded and verified while the server listens already: it is live, but not ready.
+
+    Args:
+        load: makes the verified model.
+        settings: limits and sizes.
+        host: address to listen on.
+        port: of TCP; 0 for any that is free (the log says which).
+        log_level: debug, info or warning.
+
+    Raises:
+        SpikeguardError: if the address cannot be used, or the model could not be loaded or verified.
+    """
+    log_as_json(log_level)
+    service = Service(load, settings)
+    config = uvicorn.Config(
+        create_app(service),
+        loop="uvloop",
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.connections,
+        timeout_keep_alive=max(1, round(settings.timeout)),
+        timeout_graceful_shutdown=max(1, round(2 * settings.timeout)),
+    )
+    with _listening(host, port) as listener:
+        log(logging.INFO, "listening", host=host, port=listener.getsockname()[1], model=settings.name)
+        _Server(config, service).run([listener])
+    log(logging.INFO, "stopped")
+    if service.failure is not None:
+        raise service.failure
+
+
+class _State(ServerState):
+    """What connections share; while draining, each closes after its answer."""
+
+    draining = False
+
+
+class _Server(uvicorn.Server):
+    """Stops when its model cannot be served; on a signal it first lets its clients know, then stops listening."""
+
+    server_state: _State
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.server_state = _State()
+        self._service = service
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._service.state == "failed"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Clients that reuse connections are told to leave: a request that is on its way meets no closed socket."""
+        seconds = self._service.settings.drain_seconds
+        log(logging.INFO, "draining", seconds=seconds, connections=len(self.server_state.connections))
+        self._service.drain()
+        self.server_state.draining = True
+        for connection in self.server_state.connections:
+            if isinstance(connection, _Protocol):
+                connection.close_after_answer()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._service.failure is None and not self.force_exit:
+            await asyncio.sleep(POLL_SECONDS)
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As its parent, but a signal that was obeyed is not raised again: the exit status is 0."""
+        before = {kind: signal.signal(kind, self.handle_exit) for kind in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+
+class _Protocol(HttpToolsProtocol):
+    """A connection that is given up if a request does not arrive in time, or its answer is not taken."""
+
+    server_state: _State
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._arriving = False
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._arriving = True
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.server_state.draining:
+            self.close_after_answer()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._arriving = False
+        self._wait_no_more()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # else the next request came with it
+            self._wait()
+
+    def close_after_answer(self) -> None:
+        """Let the answer to the request that is being served be the last one."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+
+    def _wait(self) -> None:
+        self._wait_no_more()
+        self._deadline = self.loop.call_later(self.timeout_keep_alive, self._give_up)
+
+    def _wait_no_more(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        if self._arriving and not (self.cycle and self.cycle.response_started):
+            log(logging.INFO, "request", status=408, reason="slow_client")
+            self.transport.write(SLOW_CLIENT)
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[Any]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SpikeguardError(
+            f"cannot listen on {host} port {port} ({error}); choose another --host or --port"
+        ) from error
+    with listener:
+        yield listener
