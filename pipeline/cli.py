@@ -136,7 +136,9 @@ def emulate(
         Path | None,
         typer.Option(help=".npz with images (uint8 codes) and perhaps labels; default: golden inputs"),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="reference, emulator, lava, netx or onnxruntime")] = "emulator",
+    runtime: Annotated[
+        str, typer.Option(help="reference, emulator, lava, netx, onnxruntime or http://host:port")
+    ] = "emulator",
     trace: Annotated[Path | None, typer.Option(help="save spikes, membranes and readouts to this .npz")] = None,
 ) -> None:
     """Run images through a deployed model and show its answers."""
@@ -172,7 +174,9 @@ def emulate(
 @app.command()
 def fidelity(
     path: BundlePath,
-    runtimes: Annotated[list[str] | None, typer.Option("--runtime", help="to certify; may be repeated")] = None,
+    runtimes: Annotated[
+        list[str] | None, typer.Option("--runtime", help="to certify, or http://host:port; may be repeated")
+    ] = None,
     overrides: Overrides = None,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="for report.json and report.html")] = Path(
         "fidelity"
@@ -510,7 +514,7 @@ def _config_of(bundle: Bundle, overrides: list[str]) -> Config:
 
 
 def _runtime_override(runtimes: list[str] | None) -> list[str]:
-    return [f"fidelity.runtimes=[{', '.join(runtimes)}]"] if runtimes else []
+    return [f"fidelity.runtimes={json.dumps(runtimes)}"] if runtimes else []
 
 
 def _folder_override(folder: Path | None) -> list[str]:

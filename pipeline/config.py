@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hardware.errors import SpikeguardError
 from hardware.files import MIB, read_bytes
+from hardware.runtimes.opening import ALIASES
+from hardware.runtimes.remote import is_service
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,9 +23,19 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Averaging = Annotated[float, Field(ge=0, lt=1)]
 MAX_DEPTH = 16
-RuntimeName = Literal["emulator", "lava", "netx", "onnxruntime"]
+CERTIFIABLE = ("emulator", "lava", "netx", "onnxruntime")
 DataName = Literal["digits", "npz", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet"]
 WITHOUT_FOLDER = ("digits", "npz")
+
+
+def _names_a_runtime(name: str) -> str:
+    name = ALIASES.get(name, name)
+    if name not in CERTIFIABLE and not is_service(name):
+        raise ValueError(f"one of {', '.join(CERTIFIABLE)}, or the address of a service, http://host:port")
+    return name
+
+
+RuntimeName = Annotated[str, AfterValidator(_names_a_runtime)]
 
 
 class _Section(BaseModel):
@@ -154,7 +166,7 @@ class FidelityConfig(_Section):
     )
     square_queries: Count = 300
     certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
-    runtimes: tuple[RuntimeName, ...] = ("emulator", "lava", "netx", "onnxruntime")
+    runtimes: tuple[RuntimeName, ...] = CERTIFIABLE
     baseline: bool = Field(default=True, description="show a naturally trained network beside the robust one")
 
     @field_validator("runtimes")

@@ -17,6 +17,7 @@ from hardware.runtimes.opening import open_runtime
 from hardware.runtimes.protocol import Runtime
 from hardware.server.batching import Answer
 from hardware.server.protocol import CLASS, IMAGE, LOGITS, READOUT, SPIKES
+from hardware.server.tensors import InputForm
 from hardware.trace import PopulationTrace, Trace, compare_traces
 
 TRACE_BYTES = 2**25
@@ -28,15 +29,17 @@ class ServedModel:
     """What answers requests; make it with :func:`verified`.
 
     Attributes:
+        form: of the inputs, as in the golden ones.
         spiking: names of the populations whose spikes the runtime exposes; empty if it does not.
     """
 
     network: IntegerNetwork
     runtime: Runtime
+    form: InputForm
     spiking: tuple[str, ...]
 
     def run(self, codes: NDArray[np.uint8], counts_spikes: bool) -> Answer:
-        """Answer codes ``(samples, *shape)``; spikes are counted if they are wanted and exposed.
+        """Answer codes ``(samples, [steps,] *shape)``; spikes are counted if they are wanted and exposed.
 
         Raises:
             SpikeguardError: if the runtime did not finish.
@@ -80,8 +83,8 @@ class ServedModel:
                 {
                     "name": IMAGE,
                     "datatype": "UINT8",
-                    "shape": [-1, *network.input.shape],
-                    "parameters": {"max_code": network.input.max_code, "also": "FP32, FP64 in [0, 1]"},
+                    "shape": [-1, *self.form.shape],
+                    "parameters": {"max_code": self.form.max_code, "also": "FP32, FP64 in [0, 1]"},
                 }
             ],
             "outputs": outputs,
@@ -127,7 +130,8 @@ def verified(bundle: Bundle, runtime: Runtime) -> ServedModel:
         )
     spiking = tuple(population.name for population in network.populations if population.spiking)
     exposed = all(name in traced.populations and traced.populations[name].spike_bits is not None for name in spiking)
-    return ServedModel(network, runtime, spiking if exposed else ())
+    form = InputForm(golden.codes.shape[1:], network.input.max_code)
+    return ServedModel(network, runtime, form, spiking if exposed else ())
 
 
 def _count(trace: PopulationTrace) -> NDArray[np.int64]:

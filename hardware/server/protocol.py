@@ -62,7 +62,7 @@ class InputTensor(_WithParameters):
 
     name: Literal["image"]
     datatype: Datatype
-    shape: Annotated[list[Count], Field(min_length=1, max_length=4, fail_fast=True)]
+    shape: Annotated[list[Count], Field(min_length=1, max_length=5, fail_fast=True)]
     data: list[JsonValue] | None = None
 
     @model_validator(mode="after")

@@ -158,11 +158,11 @@ class Service:
         header_length = headers.get(HEADER_LENGTH_KEY)
         try:
             if len(body) <= INLINE_BYTES:
-                request, codes = read_body(body, header_length, model.network.input, settings.images)
+                request, codes = read_body(body, header_length, model.form, settings.images)
             else:
                 async with self._reading:
                     request, codes = await asyncio.to_thread(
-                        read_body, body, header_length, model.network.input, settings.images
+                        read_body, body, header_length, model.form, settings.images
                     )
         except SpikeguardError as error:
             raise RefusedError(400, "malformed", sentence(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware.errors import RuleViolations, SpikeguardError, Violation
-from hardware.network import InputSpec, Shape
+from hardware.network import Shape
 from hardware.server.protocol import MAX_PROBLEMS, REMEDY, InferenceRequest, InputTensor, parse_request
 
 MAX_CODE = 255
@@ -25,13 +26,26 @@ TYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
-def read_body(body: bytes, header_length: bytes | None, spec: InputSpec, most: int) -> tuple[InferenceRequest, Any]:
+@dataclass(frozen=True)
+class InputForm:
+    """What a model takes.
+
+    Attributes:
+        shape: of one input: an image, or ``(steps, *image)`` for inputs that change over time.
+        max_code: largest code.
+    """
+
+    shape: Shape
+    max_code: int
+
+
+def read_body(body: bytes, header_length: bytes | None, form: InputForm, most: int) -> tuple[InferenceRequest, Any]:
     """The request and the codes ``(samples, *shape)`` of its images.
 
     Args:
         body: JSON, and binary data behind it if there is a header length.
         header_length: of the HTTP header that says where the JSON ends.
-        spec: of the network's input.
+        form: of the model's inputs.
         most: images in one request.
 
     Raises:
@@ -45,10 +59,10 @@ def read_body(body: bytes, header_length: bytes | None, spec: InputSpec, most: i
             raise _refusal("header length lies within the body", actual, f"0..{len(body)}")
         text, binary = body[:length], body[length:]
     request = parse_request(text)
-    return request, read_images(request.inputs[0], binary, spec, most)
+    return request, read_images(request.inputs[0], binary, form, most)
 
 
-def read_images(tensor: InputTensor, binary: bytes, spec: InputSpec, most: int) -> NDArray[np.uint8]:
+def read_images(tensor: InputTensor, binary: bytes, form: InputForm, most: int) -> NDArray[np.uint8]:
     """The codes ``(samples, *shape)`` of an input tensor.
 
     Numbers in [0, 1] are multiplied by the largest code in double precision and rounded to the nearest integer, ties
@@ -58,8 +72,8 @@ def read_images(tensor: InputTensor, binary: bytes, spec: InputSpec, most: int) 
         RuleViolations: if the data do not have the stated shape and type, or are no input of the network.
     """
     shape = tuple(tensor.shape)
-    if len(shape) != 1 + len(spec.shape) or shape[1:] != spec.shape:
-        allowed = f"[N, {', '.join(map(str, spec.shape))}]"
+    if shape[1:] != form.shape:
+        allowed = f"[N, {', '.join(map(str, form.shape))}]"
         raise _refusal("shape is that of a batch of images", str(tensor.shape), allowed)
     if shape[0] > most:
         raise _refusal("images per request", f"{shape[0]:,}", f"{most:,}")
@@ -72,11 +86,11 @@ def read_images(tensor: InputTensor, binary: bytes, spec: InputSpec, most: int) 
     if tensor.data is None:
         values = np.frombuffer(binary, kind).reshape(shape)
     else:
-        values = _from_json(tensor.data, shape, kind, spec.max_code)
+        values = _from_json(tensor.data, shape, kind, form.max_code)
     if kind.kind == "f":
-        return _rounded(values, spec.max_code)
-    if spec.max_code < MAX_CODE and values.max() > spec.max_code:
-        raise _refusal("codes are in range", f"up to {values.max()}", f"0..{spec.max_code}")
+        return _rounded(values, form.max_code)
+    if form.max_code < MAX_CODE and values.max() > form.max_code:
+        raise _refusal("codes are in range", f"up to {values.max()}", f"0..{form.max_code}")
     return values
 
 

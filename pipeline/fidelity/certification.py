@@ -17,6 +17,7 @@ from hardware.reference import run_reference
 from hardware.runtimes.lava import LavaRuntime, NetxRuntime
 from hardware.runtimes.opening import open_runtime
 from hardware.runtimes.protocol import Runtime
+from hardware.runtimes.remote import is_service
 from hardware.trace import Trace, compare_traces
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes
@@ -65,8 +66,8 @@ def certify(
 ) -> list[dict[str, Any]]:
     """Run every named runtime from the bundle's files and compare all it exposes with the reference.
 
-    Each gets ``count`` adversarial and ``count`` clean images with traces. ONNX Runtime, which is fast, also answers
-    every image of the check; those readouts are compared with the emulator's.
+    Each gets ``count`` adversarial and ``count`` clean images with traces. ONNX Runtime, which is fast, and services,
+    which expose readouts only, also answer every image of the check; those are compared with the emulator's.
 
     Returns:
         Rows of ``runtimes`` in ``report.json``.
@@ -84,7 +85,7 @@ def certify(
             advance(name, units=0)
             try:
                 row = _certify_one(open_runtime(name, bundle), subset, expected)
-                if name == "onnxruntime":
+                if name == "onnxruntime" or is_service(name):
                     everything = select_everything(images, crafted)
                     row |= _answer_everything(open_runtime(name, bundle), bundle, everything, row)
             except SpikeguardError as error:

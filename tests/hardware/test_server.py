@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -452,9 +453,23 @@ def test_no_damaged_body_breaks_the_server(client: TestClient, bundle: Bundle) -
                     body[at:at] = bytes(rng.choice(list(b'[]{}",:0123456789truefalsnull\\'), 5).astype(np.uint8))
                 case 3:
                     body[at:at] = body[at // 2 : at]
-        headers = {} if turn % 2 else {"Inference-Header-Content-Length": str(len(text) + int(rng.choice([-1, 0, 0, 0, 2])))}
+        headers = (
+            {} if turn % 2 else {"Inference-Header-Content-Length": str(len(text) + int(rng.choice([-1, 0, 0, 0, 2])))}
+        )
         response = client.post(INFER, content=bytes(body), headers=headers)
         statuses.add(response.status_code)
         assert response.status_code in (200, 400), response.text
         assert response.status_code == 200 or len(response.json()["error"]) > 20
     assert statuses == {200, 400}
+
+
+def test_inputs_that_change_over_time_are_served_as_the_golden_ones_are(tmp_path: Path) -> None:
+    network = random_network(np.random.default_rng(2), hidden=1, max_code=1)
+    golden = random_codes(np.random.default_rng(0), network, 8 * network.steps)
+    golden = golden.reshape(8, network.steps, *network.input.shape)
+    write_bundle(tmp_path / "b", network, golden_codes=golden, float_model_files={}, provenance={}, models=())
+    with serving(open_bundle(tmp_path / "b"), EmulatorRuntime(network)) as client:
+        assert client.get("/v2/models/model").json()["inputs"][0]["shape"] == [-1, *golden.shape[1:]]
+        found = outputs(client.post(INFER, json={"inputs": [tensor(golden)]}).json())
+        assert np.array_equal(found["readout"], run_reference(network, golden, "readouts").readouts)
+        assert client.post(INFER, json={"inputs": [tensor(golden[:, 0])]}).status_code == 400

@@ -27,6 +27,7 @@ from pipeline.fidelity.crafting import Images
 from pipeline.models.float_file import float_files
 from pipeline.quantization import quantize
 from tests.pipeline.samples import random_images, spiking_network
+from tests.served import served
 
 SAMPLES = 10
 CODES = random_images((1, 8, 8), SAMPLES, 1)
@@ -168,6 +169,23 @@ def test_onnxruntime_answers_every_image_and_a_wrong_answer_counts(
     _, row = certify(bundle, ["onnxruntime"], IMAGES, CRAFTED, 4)
     assert row["mismatched_readouts"] == 2  # one in the subset, one among all images
     assert not is_certified(row)
+
+
+def test_a_service_answers_every_image_and_what_runs_another_network_is_found(bundle: Bundle, tmp_path: Path) -> None:
+    with served(bundle.path, tmp_path, "--runtime", "onnx") as server:
+        emulator, row = certify(bundle, [server.url], IMAGES, CRAFTED, 4)
+        assert is_certified(emulator)
+        assert is_certified(row)
+        assert row["name"] == server.url
+        assert (row["mismatched_spikes"], row["mismatched_membranes"], row["mismatched_readouts"]) == (None, None, 0)
+        assert row["adversarial_samples"] == 2 * SAMPLES
+        first, *others = bundle.network.populations
+        other = replace(bundle.network, populations=(replace(first, threshold=first.threshold + 40), *others))
+        write_bundle(tmp_path / "b", other, golden_codes=CODES[:2], float_model_files={}, provenance={}, models=())
+        _, row = certify(open_bundle(tmp_path / "b"), [server.url], IMAGES, CRAFTED, 4)
+        assert not is_certified(row)
+    with pytest.raises(RuntimeFailedError, match="does not answer"):
+        certify(bundle, [server.url], IMAGES, CRAFTED, 4)
 
 
 def test_a_runtime_that_does_not_finish_is_an_error_with_its_name(

@@ -74,6 +74,7 @@ def test_there_is_a_preset_for_the_digits_and_it_is_what_the_method_says() -> No
         ("fidelity.square_queries", 0),
         ("fidelity.certify", 0),
         ("fidelity.runtimes", ["loihi"]),
+        ("fidelity.runtimes", ["ftp://host"]),
         ("fidelity.runtimes", "emulator"),
         ("fidelity.runtimes", []),
         ("fidelity.runtimes", ["emulator", "emulator"]),
@@ -146,6 +147,8 @@ def test_overrides_replace_single_values(tmp_path: Path) -> None:
     assert config.finetuning.beta == 1.0
     assert config.training.learning_rate == 0.01
     assert config.fidelity.runtimes == ("emulator", "onnxruntime")
+    config = load_config("digits", ("fidelity.runtimes=[onnx, http://host:8000]",))
+    assert config.fidelity.runtimes == ("onnxruntime", "http://host:8000")
 
 
 @pytest.mark.parametrize(
