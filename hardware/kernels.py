@@ -12,8 +12,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hardware.kernel_cache import take_shipped
 from hardware.network import DECAY_UNITY, FRACTION_BITS, STATE_LIMIT
 
+take_shipped()
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 Array = NDArray[Any]
 

@@ -254,12 +254,18 @@ def sweep(
 
 
 @app.command()
-def verify(path: BundlePath) -> None:
+def verify(
+    path: BundlePath,
+    runtimes: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="to certify too: lava, netx or http://host:port; may be repeated"),
+    ] = None,
+) -> None:
     """Check every byte and re-run the golden traces through every file of a bundle; needs no torch."""
     from hardware.formats.bundle import open_bundle
     from hardware.formats.verify import verify_bundle
 
-    rows = verify_bundle(open_bundle(path))
+    rows = verify_bundle(open_bundle(path), runtimes or ())
     out.print(_table(*mismatch_table(rows)))
     for row in rows:
         if row.note:
@@ -361,13 +367,10 @@ def serve(
     """Answer the Open Inference Protocol over HTTP, once the golden traces are verified; needs no torch."""
     if log_level not in ("debug", "info", "warning"):
         _usage(f"there is no log level {log_level!r}; choose debug, info or warning")
-    try:
-        from hardware.server.serving import serve as serve_model
-    except ModuleNotFoundError as error:
-        raise SpikeguardError(f"serving needs {error.name}; install spikeguard with its extra 'serve'") from error
     from hardware.files import MIB
     from hardware.server.model import load_verified
     from hardware.server.service import Settings
+    from hardware.server.serving import serve as serve_model
 
     settings = Settings(
         name=name,
@@ -415,6 +418,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(ERROR)
     except SpikeguardError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(ERROR)
+    except ModuleNotFoundError as error:
+        remedy = "install spikeguard with the extra that brings it ('verify', 'serve' or 'train')"
+        errors.print(f"[red]error:[/red] this needs {error.name}, which is not installed; {remedy}", highlight=False)
         sys.exit(ERROR)
     except OSError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}; check the path", highlight=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -20,6 +20,7 @@ from hardware.formats.bundle import (
 from hardware.formats.float_golden import FloatComparison, FloatGolden, compare_float
 from hardware.formats.network_file import JSON_FILE
 from hardware.network import SEMANTICS_VERSION
+from hardware.runtimes.opening import FILES, open_runtime
 from hardware.trace import Trace, compare_traces
 
 Run = Callable[[Bundle, Golden], tuple[Trace, str]]
@@ -53,17 +54,20 @@ class VerifyRow:
         return not (self.mismatched_spikes or self.mismatched_membranes or self.mismatched_readouts)
 
 
-def verify_bundle(bundle: Bundle) -> list[VerifyRow]:
-    """Run the golden inputs through every file of the bundle that has a reader here.
+def verify_bundle(bundle: Bundle, runtimes: Sequence[str] = ()) -> list[VerifyRow]:
+    """Run the golden inputs through every file of the bundle that has a reader here, and on runtimes besides.
+
+    Args:
+        bundle: what is verified.
+        runtimes: names, as of :func:`~hardware.runtimes.opening.open_runtime`, of those to certify too.
 
     Raises:
         SpikeguardError: if a file cannot be read or run.
     """
     golden = bundle.golden
     rows = []
-    for file, reader, run in READERS:
-        if file not in bundle:
-            continue
+    further = [("/".join(FILES.get(name, (JSON_FILE,))), name, _runtime(name)) for name in runtimes]
+    for file, reader, run in [*(row for row in READERS if row[0] in bundle), *further]:
         start = time.perf_counter()
         trace, version = run(bundle, golden)
         seconds = time.perf_counter() - start
@@ -120,6 +124,14 @@ def _nir(file: str) -> Run:
         from hardware.reference import run_reference
 
         return run_reference(read_nir(bundle.file(file)), golden.codes), f"nir {metadata.version('nir')}"
+
+    return run
+
+
+def _runtime(name: str) -> Run:
+    def run(bundle: Bundle, golden: Golden) -> tuple[Trace, str]:
+        runtime = open_runtime(name, bundle)
+        return runtime.run(golden.codes, "traces"), runtime.version
 
     return run
 
