@@ -3,10 +3,11 @@
 #   PYTHON                the Python to build the main environment with; without it, usual ones are tried
 #   SPIKEGUARD_PYTHON310  the Python 3.10 for Lava; without it, usual ones are tried
 #   DATA_DIR              folder of Fashion-MNIST's files, for the measurements on it; without it they are left out
+#   ENGINE, BUILD         the commands of a container engine; without them, docker's
 #   SPIKEGUARD_TORCH      auto (default: CUDA where nvidia-smi lists a GPU), cpu or cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint check-full bench clean
+.PHONY: help demo test setup lint check-full check-containers bench clean
 
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 $$HOME/.pyenv/versions/3.1[1-9].*/bin/python3 \
@@ -45,6 +46,11 @@ check-full: ## The tests, the demo, its bundle in a fresh environment, and the m
 	@$(MAKE) --no-print-directory demo
 	@$(BIN)/python -m tests.fresh_verify runs/demo/bundle
 	@$(MAKE) --no-print-directory bench
+
+check-containers: setup ## Build the container images and exercise them, on the bundle of the demo
+	@[ -d runs/demo/bundle ] || $(BIN)/spikeguard demo
+	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m tests.check_containers runs/demo/bundle \
+	  --engine "$(or $(ENGINE),docker)" --build "$(or $(BUILD),docker build -t)"
 
 bench: setup ## The measurements of tests/benchmarks
 	@set -e; for script in tests/benchmarks/bench_*.py; do \

@@ -22,7 +22,7 @@ from hardware.server.model import ServedModel
 from hardware.server.protocol import HEADER_LENGTH, SPIKES
 from hardware.server.tensors import read_body, sentence, write_body
 
-BUFFER_BYTES = 64 * MIB
+BUFFER_BYTES = 32 * MIB
 """Of all bodies that are being received or read; a body alone may have more."""
 INLINE_BYTES = 2**16
 """Longer bodies are read in a thread, one at a time: JSON takes time, and several times the memory of its text."""

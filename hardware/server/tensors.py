@@ -17,6 +17,8 @@ from hardware.network import Shape
 from hardware.server.protocol import MAX_PROBLEMS, REMEDY, InferenceRequest, InputTensor, parse_request
 
 MAX_CODE = 255
+MAX_STRUCTURE = 2**18
+"""Images need one list per row; each list, object or text takes twenty times the memory of a number."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 TYPES: Mapping[str, np.dtype[Any]] = {
     "UINT8": np.dtype("u1"),
@@ -58,6 +60,9 @@ def read_body(body: bytes, header_length: bytes | None, form: InputForm, most: i
             actual = header_length[:20].decode("ascii", "replace")
             raise _refusal("header length lies within the body", actual, f"0..{len(body)}")
         text, binary = body[:length], body[length:]
+    structure = sum(text.count(mark) for mark in (b"[", b"{", b'"'))
+    if structure > MAX_STRUCTURE:
+        raise _refusal("lists, objects and texts of the JSON", f"{structure:,}", f"{MAX_STRUCTURE:,}")
     request = parse_request(text)
     return request, read_images(request.inputs[0], binary, form, most)
 

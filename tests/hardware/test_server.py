@@ -173,6 +173,8 @@ def malformed(codes: NDArray[np.uint8], max_code: int) -> dict[str, object]:
         "no JSON": b"{",
         "no text": b"\xff\xfe\x00",
         "deep JSON": DEEP.encode(),
+        "JSON of empty lists": json.dumps({"inputs": [tensor(codes, data=[[]] * 300_000)]}).encode(),
+        "JSON of texts": json.dumps({"inputs": [tensor(codes, data=["a"] * 200_000)]}).encode(),
         "not a number": json.dumps({"inputs": [tensor(codes, data=[float("nan"), *flat[1:]])]}).encode(),
     }
 

@@ -224,7 +224,7 @@ def test_a_bundle_that_was_tampered_with_is_never_ready(bundle: Bundle, tmp_path
 
 def test_slow_clients_are_given_up_while_others_are_served(bundle: Bundle, codes: Codes, tmp_path: Path) -> None:
     payload = raw_request(codes, 2)
-    with served(bundle.path, tmp_path, "--runtime", "emulator", "--timeout", "1") as server:
+    with served(bundle.path, tmp_path, "--runtime", "emulator", "--timeout", "2") as server:
         address = ("127.0.0.1", server.port)
         beginnings = [b"", payload[:10], payload[:-1]]
         slow = [socket.create_connection(address, 10) for _ in beginnings]
@@ -243,16 +243,16 @@ def test_slow_clients_are_given_up_while_others_are_served(bundle: Bundle, codes
 
 
 def test_large_bodies_and_too_many_of_them_are_refused(bundle: Bundle, codes: Codes, tmp_path: Path) -> None:
-    with served(bundle.path, tmp_path, "--runtime", "emulator", "--body-mib", "40") as server:
+    with served(bundle.path, tmp_path, "--runtime", "emulator", "--body-mib", "20") as server:
         address = ("127.0.0.1", server.port)
         with socket.create_connection(address, 10) as connection:
-            connection.sendall(HEAD % (41 * 2**20))
+            connection.sendall(HEAD % (21 * 2**20))
             status, _, body = read_response(connection.makefile("rb"))
-            assert (status, "41,943,040" in json.loads(body)["error"]) == (413, True)
+            assert (status, "20,971,520" in json.loads(body)["error"]) == (413, True)
         with socket.create_connection(address, 10) as first, socket.create_connection(address, 10) as second:
-            first.sendall(HEAD % (40 * 2**20) + b" " * (39 * 2**20))
-            second.sendall(HEAD % (30 * 2**20))
-            second.sendall(b" " * (30 * 2**20))
+            first.sendall(HEAD % (20 * 2**20) + b" " * (19 * 2**20))
+            second.sendall(HEAD % (18 * 2**20))
+            second.sendall(b" " * (18 * 2**20))
             status, _, body = read_response(second.makefile("rb"))
             assert (status, "too many" in json.loads(body)["error"]) == (503, True)
             first.sendall(b" " * 2**20)
