@@ -7,9 +7,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Gathers requests into batches for a runtime that takes its time, in threads.
+    """Gathers requests into batches for a runtime that takes its time, in threads. To be made in the event loop.
 
     All methods are for the event loop's thread.
 
@@ -82,7 +82,11 @@ class Batcher:
     ) -> None:
         self._run, self._batch, self._limit, self._timeout, self._watch = run, batch, queue, timeout, watch
         self._free = concurrency
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="batch")
+        self._loop = asyncio.get_running_loop()
+        self._batches: SimpleQueue[list[_Waiting] | None] = SimpleQueue()
+        self._threads = [Thread(target=self._work, name=f"batch-{n}", daemon=True) for n in range(concurrency)]
+        for thread in self._threads:
+            thread.start()
         self._waiting: deque[_Waiting] = deque()
         self._running: set[_Waiting] = set()
         self._scheduled = False
@@ -100,43 +104,44 @@ class Batcher:
         """
         if self.queued and self.queued + len(codes) > self._limit:
             raise FullError(max(1, math.ceil(self.queued * self._seconds_per_image)))
-        loop = asyncio.get_running_loop()
-        item = _Waiting(codes, counts_spikes, loop.time() + self._timeout, loop.create_future())
+        item = _Waiting(codes, counts_spikes, self._loop.time() + self._timeout, self._loop.create_future())
         self._waiting.append(item)
         self.queued += len(codes)
         self._schedule()
         if not self._sweeping:
             self._sweeping = True
-            loop.call_later(SWEEP_SECONDS, self._sweep)
+            self._loop.call_later(SWEEP_SECONDS, self._sweep)
         return await item.answer
 
     def close(self) -> None:
         """Wait for the batches that run; nothing else must wait any more."""
-        self._pool.shutdown()
+        for _ in self._threads:
+            self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _schedule(self) -> None:
         """Start batches once all that has arrived in this turn of the loop is queued."""
         if self._free and self._waiting and not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._start)
+            self._loop.call_soon(self._start)
 
     def _start(self) -> None:
         self._scheduled = False
         while self._free and (items := self._take()):
             self._free -= 1
             self._running.update(items)
-            work = asyncio.get_running_loop().run_in_executor(self._pool, self._work, items)
-            work.add_done_callback(partial(self._finish, items))
+            self._batches.put(items)
 
     def _sweep(self) -> None:
         """Give up what has waited too long: one timer for all costs less than one for each request."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for item in (*self._waiting, *self._running):
             if item.deadline < now and not item.answer.done():
                 item.answer.set_exception(TimeoutError())
         self._sweeping = bool(self._waiting or self._running)
         if self._sweeping:
-            asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+            self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def _take(self) -> list[_Waiting]:
         items: list[_Waiting] = []
@@ -149,33 +154,42 @@ class Batcher:
                 images += len(item.codes)
         return items
 
-    def _work(self, items: list[_Waiting]) -> tuple[Answer, float]:
-        """In a thread: the answers to all images, in order."""
-        start = time.perf_counter()
+    def _work(self) -> None:
+        """A thread: batches in, answers out, until the end."""
+        while (items := self._batches.get()) is not None:
+            start = time.perf_counter()
+            found: Answer | Exception
+            try:
+                found = self._answers(items)
+            except Exception as error:
+                found = error
+            self._loop.call_soon_threadsafe(self._finish, items, found, time.perf_counter() - start)
+
+    def _answers(self, items: list[_Waiting]) -> Answer:
+        """The answers to all images, in order."""
         codes = items[0].codes if len(items) == 1 else np.concatenate([item.codes for item in items])
         counts_spikes = any(item.counts_spikes for item in items)
+        if len(codes) <= self._batch:
+            return self._run(codes, counts_spikes)
         parts = [
             self._run(codes[first : first + self._batch], counts_spikes) for first in range(0, len(codes), self._batch)
         ]
         spikes = [part.spikes for part in parts if part.spikes is not None]
-        readouts = parts[0].readouts if len(parts) == 1 else np.concatenate([part.readouts for part in parts])
-        answer = Answer(readouts, np.concatenate(spikes) if len(spikes) == len(parts) else None)
-        return answer, (time.perf_counter() - start) / len(codes)
+        readouts = np.concatenate([part.readouts for part in parts])
+        return Answer(readouts, np.concatenate(spikes) if len(spikes) == len(parts) else None)
 
-    def _finish(self, items: list[_Waiting], done: asyncio.Future[tuple[Answer, float]]) -> None:
+    def _finish(self, items: list[_Waiting], found: Answer | Exception, seconds: float) -> None:
         self._free += 1
         self._running.difference_update(items)
-        error = done.exception()
         first = 0
         for item in items:
-            if item.answer.done():
-                pass
-            elif error is not None:
-                item.answer.set_exception(error)
-            else:
-                item.answer.set_result(done.result()[0][first : first + len(item.codes)])
-            first += len(item.codes)
-        if error is None:
-            self._seconds_per_image = done.result()[1]
+            last = first + len(item.codes)
+            if not item.answer.done():
+                if isinstance(found, Exception):
+                    item.answer.set_exception(found)
+                else:
+                    item.answer.set_result(found[first:last])
+            first = last
+        self._seconds_per_image = seconds / first
         self._watch(first)
         self._schedule()

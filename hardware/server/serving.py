@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import time
@@ -23,6 +24,7 @@ from hardware.server.service import Service, Settings
 
 BACKLOG = 2048
 POLL_SECONDS = 0.05
+TICKS_PER_SECOND = 10
 SLOW_CLIENT = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 62\r\nconnection: close\r\n\r\n"
     b'{"error":"the request did not arrive in time; send it faster"}'
@@ -85,6 +87,8 @@ class _Server(uvicorn.Server):
         self._service = service
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_PER_SECOND == 0:
+            self._give_up_late_ones()
         return await super().on_tick(counter) or self._service.state == "failed"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -99,7 +103,21 @@ class _Server(uvicorn.Server):
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._service.failure is None and not self.force_exit:
             await asyncio.sleep(POLL_SECONDS)
+        watch = asyncio.create_task(self._watch())
         await super().shutdown(sockets)
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        """Ticks have ended; clients can be late all the same."""
+        while True:
+            await asyncio.sleep(1)
+            self._give_up_late_ones()
+
+    def _give_up_late_ones(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, _Protocol):
+                connection.give_up_if_late(now)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,19 +131,17 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """A connection that is given up if a request does not arrive in time, or its answer is not taken."""
+    """A connection that is given up if a request does not arrive in time, or its answer is not taken.
+
+    Its deadline is looked at once a second: a timer for each request would cost more.
+    """
 
     server_state: _State
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._deadline: asyncio.TimerHandle | None = None
         self._arriving = False
         self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._wait_no_more()
-        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -140,7 +156,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._arriving = False
-        self._wait_no_more()
+        self._deadline = math.inf
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -152,22 +168,20 @@ class _Protocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
 
-    def _wait(self) -> None:
-        self._wait_no_more()
-        self._deadline = self.loop.call_later(self.timeout_keep_alive, self._give_up)
-
-    def _wait_no_more(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _give_up(self) -> None:
-        if self._arriving and not (self.cycle and self.cycle.response_started):
+    def give_up_if_late(self, now: float) -> None:
+        """End the connection if its client has kept this server waiting for too long."""
+        if now < self._deadline:
+            return
+        if self._arriving and not (self.cycle and self.cycle.response_started) and not self.transport.is_closing():
             log(logging.INFO, "request", status=408, reason="slow_client")
             self.transport.write(SLOW_CLIENT)
             self.transport.close()
+            self._wait()
         else:
             self.transport.abort()
+
+    def _wait(self) -> None:
+        self._deadline = self.loop.time() + self.timeout_keep_alive
 
 
 @contextmanager
