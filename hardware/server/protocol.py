@@ -88,11 +88,15 @@ class RequestedOutput(_WithParameters):
 
 
 class InferenceRequest(_WithParameters):
-    """Body of an inference request."""
+    """Body of an inference request. The path says which model is meant; KServe's client says it here once more."""
+
+    model_config = ConfigDict(protected_namespaces=())
 
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1, fail_fast=True)]
     outputs: Annotated[tuple[RequestedOutput, ...], Field(max_length=4, fail_fast=True)] = ()
     id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
 
     @model_validator(mode="after")
     def _wants_each_output_once(self) -> Self:

@@ -108,6 +108,11 @@ def test_answers_are_the_reference_s_bit_for_bit(client: TestClient, bundle: Bun
     assert np.array_equal(found["logits"], bundle.network.logits(readouts))
 
 
+def test_kserve_s_client_says_the_model_twice(client: TestClient, bundle: Bundle) -> None:
+    body = {"id": "1", "model_name": "model", "inputs": [tensor(images(bundle))]}
+    assert client.post(INFER, json=body).status_code == 200
+
+
 def test_only_requested_outputs_are_answered(client: TestClient, bundle: Bundle) -> None:
     body = {"inputs": [tensor(images(bundle))], "outputs": [{"name": "class", "parameters": {"binary_data": False}}]}
     assert list(outputs(client.post(INFER, json=body).json())) == ["class"]
