@@ -172,7 +172,8 @@ class _Protocol(HttpToolsProtocol):
         """End the connection if its client has kept this server waiting for too long."""
         if now < self._deadline:
             return
-        if self._arriving and not (self.cycle and self.cycle.response_started) and not self.transport.is_closing():
+        answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if self._arriving and not answering and not self.transport.is_closing():
             log(logging.INFO, "request", status=408, reason="slow_client")
             self.transport.write(SLOW_CLIENT)
             self.transport.close()

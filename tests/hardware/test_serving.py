@@ -231,8 +231,9 @@ def test_slow_clients_are_given_up_while_others_are_served(bundle: Bundle, codes
         for connection, beginning in zip(slow, beginnings, strict=True):
             connection.sendall(beginning)
         with socket.create_connection(address, 10) as connection:
-            connection.sendall(payload)
-            assert read_response(connection.makefile("rb"))[0] == 200
+            connection.sendall(payload + payload[:-1])  # the second request is slow
+            stream = connection.makefile("rb")
+            assert [read_response(stream)[0] for _ in range(2)] == [200, 408]
         silent, *others = [connection.makefile("rb") for connection in slow]
         with pytest.raises(ConnectionError):
             read_response(silent)
