@@ -8,15 +8,18 @@ FROM ${BASE} AS build
 ARG TORCH=cpu
 WORKDIR /opt/spikeguard
 COPY LICENSE README.md pyproject.toml constraints.txt ./
-COPY hardware hardware
-COPY exporters exporters
-COPY pipeline pipeline
-RUN PIP_NO_CACHE_DIR=1 SPIKEGUARD_TORCH=${TORCH} python3 -I hardware/environments.py main --extras train \
+COPY hardware/environments.py hardware/environments.py
+# The environment refers to these folders; what is in them may change without installing everything again.
+RUN mkdir exporters pipeline && touch hardware/__init__.py exporters/__init__.py pipeline/__init__.py \
+    && PIP_NO_CACHE_DIR=1 SPIKEGUARD_TORCH=${TORCH} python3 -I hardware/environments.py main --extras train \
     && python3 -m venv /opt/sbom \
     && /opt/sbom/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0 \
     && /opt/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
         --output-file sbom.cdx.json .venv/bin/python \
     && .venv/bin/python -m pip uninstall --quiet --yes --root-user-action ignore pip
+COPY hardware hardware
+COPY exporters exporters
+COPY pipeline pipeline
 
 # hadolint ignore=DL3006
 FROM ${BASE}

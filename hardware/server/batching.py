@@ -36,6 +36,8 @@ class Answer:
 
 
 SWEEP_SECONDS = 0.1
+SHORT_SECONDS = 0.002
+"""Batches that are expected to take less are run in the event loop, where nobody waits for longer than that."""
 Run = Callable[[NDArray[np.uint8], bool], Answer]
 """Codes ``(samples, *shape)``, and whether to count their spikes."""
 
@@ -67,6 +69,7 @@ class Batcher:
         batch: images that are run at once; a request of more is run in parts.
         queue: images that may wait. A request of more is taken if none wait.
         timeout: seconds for an answer.
+        inline: run batches that are expected to be short in the event loop, which is for ``run`` that only computes.
         concurrency: batches that run at the same time.
         watch: is told the images of each batch.
     """
@@ -78,10 +81,11 @@ class Batcher:
         queue: int,
         concurrency: int,
         timeout: float,
+        inline: bool = False,
         watch: Callable[[int], Any] = lambda _images: None,
     ) -> None:
         self._run, self._batch, self._limit, self._timeout, self._watch = run, batch, queue, timeout, watch
-        self._free = concurrency
+        self._free, self._inline = concurrency, inline and concurrency == 1
         self._loop = asyncio.get_running_loop()
         self._batches: SimpleQueue[list[_Waiting] | None] = SimpleQueue()
         self._threads = [Thread(target=self._work, name=f"batch-{n}", daemon=True) for n in range(concurrency)]
@@ -91,7 +95,7 @@ class Batcher:
         self._running: set[_Waiting] = set()
         self._scheduled = False
         self._sweeping = False
-        self._seconds_per_image = 0.0
+        self._seconds_per_image = math.inf
         self.queued = 0
 
     async def answer(self, codes: NDArray[np.uint8], counts_spikes: bool = False) -> Answer:
@@ -103,7 +107,8 @@ class Batcher:
             SpikeguardError: if the runtime did not finish.
         """
         if self.queued and self.queued + len(codes) > self._limit:
-            raise FullError(max(1, math.ceil(self.queued * self._seconds_per_image)))
+            seconds = self.queued * self._seconds_per_image
+            raise FullError(max(1, math.ceil(seconds)) if math.isfinite(seconds) else 1)
         item = _Waiting(codes, counts_spikes, self._loop.time() + self._timeout, self._loop.create_future())
         self._waiting.append(item)
         self.queued += len(codes)
@@ -129,6 +134,10 @@ class Batcher:
     def _start(self) -> None:
         self._scheduled = False
         while self._free and (items := self._take()):
+            if self._is_short(items):
+                self._finish(items, *self._timed(items))
+                self._schedule()  # others have their turn before the next batch
+                return
             self._free -= 1
             self._running.update(items)
             self._batches.put(items)
@@ -154,16 +163,33 @@ class Batcher:
                 images += len(item.codes)
         return items
 
+    def _is_short(self, items: list[_Waiting]) -> bool:
+        """Whether a batch takes less time than handing it to a thread and back is worth."""
+        images = sum(len(item.codes) for item in items)
+        plain = not any(item.counts_spikes for item in items)
+        return self._inline and plain and images * self._seconds_per_image < SHORT_SECONDS
+
     def _work(self) -> None:
         """A thread: batches in, answers out, until the end."""
         while (items := self._batches.get()) is not None:
-            start = time.perf_counter()
-            found: Answer | Exception
-            try:
-                found = self._answers(items)
-            except Exception as error:
-                found = error
-            self._loop.call_soon_threadsafe(self._finish, items, found, time.perf_counter() - start)
+            found = self._timed(items)
+            self._loop.call_soon_threadsafe(self._finish_work, items, *found)
+
+    def _finish_work(self, items: list[_Waiting], found: Answer | Exception, seconds: float) -> None:
+        self._free += 1
+        self._running.difference_update(items)
+        self._finish(items, found, seconds)
+        self._schedule()
+
+    def _timed(self, items: list[_Waiting]) -> tuple[Answer | Exception, float]:
+        """The answer to a batch, or why there is none, and how long it took."""
+        start = time.perf_counter()
+        found: Answer | Exception
+        try:
+            found = self._answers(items)
+        except Exception as error:
+            found = error
+        return found, time.perf_counter() - start
 
     def _answers(self, items: list[_Waiting]) -> Answer:
         """The answers to all images, in order."""
@@ -179,8 +205,6 @@ class Batcher:
         return Answer(readouts, np.concatenate(spikes) if len(spikes) == len(parts) else None)
 
     def _finish(self, items: list[_Waiting], found: Answer | Exception, seconds: float) -> None:
-        self._free += 1
-        self._running.difference_update(items)
         first = 0
         for item in items:
             last = first + len(item.codes)
@@ -192,4 +216,3 @@ class Batcher:
             first = last
         self._seconds_per_image = seconds / first
         self._watch(first)
-        self._schedule()

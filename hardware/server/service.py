@@ -27,6 +27,8 @@ BUFFER_BYTES = 32 * MIB
 INLINE_BYTES = 2**16
 """Longer bodies are read in a thread, one at a time: JSON takes time, and several times the memory of its text."""
 HEADER_LENGTH_KEY = HEADER_LENGTH.lower().encode()
+COMPUTING_HERE = ("emulator", "onnxruntime")
+"""Runtimes that wait for nothing but their own arithmetic."""
 State = Literal["loading", "ready", "failed", "draining"]
 
 
@@ -113,7 +115,13 @@ class Service:
         settings = self.settings
         self._model = model
         self._batcher = Batcher(
-            model.run, settings.batch, settings.queue, settings.concurrency, settings.timeout, self.metrics.batch
+            model.run,
+            settings.batch,
+            settings.queue,
+            settings.concurrency,
+            settings.timeout,
+            model.runtime.name in COMPUTING_HERE,
+            self.metrics.batch,
         )
         if self.state == "loading":
             self.state = "ready"

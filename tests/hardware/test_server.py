@@ -387,6 +387,26 @@ def test_a_full_queue_refuses_and_what_waits_shares_a_batch(bundle: Bundle) -> N
         assert np.array_equal(outputs(answers[first].json())["readout"], expected[first : first + count])
 
 
+def test_short_batches_are_run_in_the_event_loop_and_long_ones_are_not(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    class Watched(EmulatorRuntime):
+        def run(self, inputs: IntArray, record: Record = "readouts") -> Trace:
+            threads.append(threading.current_thread().name)
+            return super().run(inputs, record)
+
+    body = {"inputs": [tensor(images(bundle))]}
+    for seconds, expected in ((3600, ["batch-0", "loop", "loop"]), (0, ["batch-0"] * 3)):
+        monkeypatch.setattr("hardware.server.batching.SHORT_SECONDS", seconds)
+        with serving(bundle, Watched(bundle.network)) as client:
+            threads.clear()
+            for _ in range(3):
+                assert client.post(INFER, json=body).status_code == 200
+        assert [name if name.startswith("batch") else "loop" for name in threads] == expected
+
+
 def test_a_request_of_more_images_than_a_batch_is_run_in_parts(bundle: Bundle) -> None:
     runtime = Slow(bundle.network)
     codes = images(bundle, 9)
