@@ -65,6 +65,11 @@ def test_every_file_of_a_bundle_leaves_the_golden_traces(tmp_path: Path, seed: i
         assert row.equal
         assert row.samples == len(golden.codes)
         assert row.version
+    asked = verify_bundle(bundle, ["onnx", "reference"])[len(rows) :]
+    assert [(row.reader, row.mismatched_spikes, row.mismatched_readouts) for row in asked] == [
+        ("onnx", 0, 0),
+        ("reference", 0, 0),
+    ]
 
 
 def test_all_model_formats_are_written_for_a_chain(tmp_path: Path) -> None:
