@@ -466,7 +466,7 @@ def test_no_damaged_body_breaks_the_server(client: TestClient, bundle: Bundle) -
     plain = json.dumps({"id": "a", "inputs": [tensor(codes)], "outputs": [{"name": "class"}]}).encode()
     binary = json.dumps({"inputs": [tensor(codes, data=..., parameters={"binary_data_size": codes.size})]}).encode()
     statuses = set()
-    for turn in range(400):
+    for turn in range(200):
         text, tail = (plain, b"") if turn % 2 else (binary, codes.tobytes())
         body = bytearray(text + tail)
         for _ in range(int(rng.integers(1, 4))):
