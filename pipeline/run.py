@@ -29,6 +29,7 @@ from pipeline.models.float_file import float_files, load_float
 from pipeline.models.graph import LayerGraph
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
+from pipeline.rescaling import require_rescalable
 from pipeline.source import source_digest
 from pipeline.stages import STAGES, Stage, start_network
 from pipeline.training import Records
@@ -184,7 +185,7 @@ def require_runtimes(config: Config) -> None:
 
 
 def require_deployable(run: Run) -> None:
-    """Refuse, before anything is trained, runtimes that cannot take the network it will become.
+    """Refuse, before anything is trained, a conversion that cannot be, and runtimes that cannot take the network.
 
     Raises:
         SpikeguardError: with the remedy.
@@ -194,6 +195,8 @@ def require_deployable(run: Run) -> None:
     graph = start.graph
     if not isinstance(start, SpikingNetwork):
         graph = graph.spiking(conversion.beta, conversion.reset == "subtract")
+        if conversion.weights == "rescaled":
+            require_rescalable(graph)
     refused = {
         name: why
         for reasons in _obstacles(graph)

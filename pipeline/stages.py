@@ -42,6 +42,7 @@ from pipeline.recipes import (
     schedule_of,
     training_objective,
 )
+from pipeline.rescaling import rescale
 from pipeline.training import Records, fit, pixels
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ def _convert(run: Run, network: RateNetwork) -> SpikingNetwork:
             second_batches=drawn[settings.batches :],
             advance=advance,
         )
+    if settings.weights == "rescaled":
+        rescale(spiking, network.to(compute.device), drawn[: settings.batches])
     return spiking.cpu()
 
 

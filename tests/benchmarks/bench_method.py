@@ -1,14 +1,15 @@
 """What each step of the method buys: clean and robust accuracy of four networks, mean and spread over seeds.
 
-Run it as ``python -m tests.benchmarks.bench_method digits`` or ``… fashion-mnist --data-dir DIR --seeds 1``. The first
-argument is a preset: its run is trained where it is not there yet, in ``runs/method``. The networks are
+Run it as ``python -m tests.benchmarks.bench_method digits`` or ``… mnist --data-dir DIR --seeds 1 --images 1000``.
+The first argument is a preset: its run is trained where it is not there yet, in ``runs/method``. The networks are
 
 - the naturally trained ANN, and the adversarially trained one that the method starts from;
 - the SNN converted from it and fine-tuned;
 - an SNN of the same topology trained from fresh weights with the fine-tuning loss, for as many epochs as fit into the
   time that ANN training, conversion and fine-tuning took together.
 
-Attacks run on the test images of the preset; results are kept beside the networks, one file each, and reused.
+Attacks run on the test images of the preset, ``strong`` on the first ``--strong-images`` of them; results are kept
+beside the networks, one file each, and reused.
 """
 
 from __future__ import annotations
@@ -119,16 +120,16 @@ class Trained:
         return FloatTarget(load_float(self.folder))
 
 
-def networks_of(run: Run) -> dict[str, Trained]:
+def networks_of(run: Run, direct_epochs: int | None = None) -> dict[str, Trained]:
     """Train what is missing."""
     seconds = run.ensure("finetune")
     ours = seconds["train"] + seconds["convert"] + seconds["finetune"]
-    direct_epochs = max(1, round(ours / (seconds["finetune"] / run.config.finetuning.epochs)))
+    that_fit = max(1, round(ours / (seconds["finetune"] / run.config.finetuning.epochs)))
     return {
         NATURAL: _natural(run),
         ROBUST: Trained(run.result("train"), seconds["train"]),
         OURS: Trained(run.result("finetune"), ours),
-        DIRECT: _direct(run, direct_epochs),
+        DIRECT: _direct(run, direct_epochs or that_fit),
     }
 
 
@@ -209,9 +210,12 @@ class Task:
     labels: NDArray[np.int64]
     epsilon: float
     seed: int
+    strong_images: int
 
     def __call__(self) -> dict[str, Any]:
-        """Share of images that withstand each attack; ``strong`` counts what the columns before it found, too."""
+        """Share of images that withstand each attack, ``strong`` among the first ``strong_images`` only; it counts what
+        the columns before it found, too.
+        """
         use_cpu(1)
         target = self.trained.target()
         store = self.trained.folder / f"attacked-{self._key()}.json"
@@ -224,11 +228,15 @@ class Task:
             _, activity = target.network.record(to_images(self.codes[:500]))
             found["spikes"] = float(sum(layer.spikes.sum() for layer in activity.values()) / len(self.codes[:500]))
         for column, members in columns.items():
+            if column == "strong":
+                indices, survive = indices[: self.strong_images], survive[: self.strong_images]
+                if len(found.get("strong mask", ())) != len(indices):
+                    found.pop("strong", None)
             if column in found:
                 survive &= np.array(found[f"{column} mask"], bool)
                 continue
             # A member's outcome does not depend on the others, so what has fallen already need not be tried again.
-            rows = np.flatnonzero(survive) if column == "strong" else indices
+            rows = indices[survive] if column == "strong" else indices
             result = run_ensemble(
                 target,
                 members,
@@ -260,10 +268,16 @@ def main() -> None:
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--images", type=int, default=None, help="first test images; default: all of the preset's")
+    parser.add_argument("--strong-images", type=int, default=None, help="first of them for strong; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="networks attacked at the same time")
     parser.add_argument("--threads", type=int, default=1, help="of torch while networks are trained")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument(
+        "--direct-epochs",
+        type=int,
+        help="of direct training, where other work disturbed the times it would follow from",
+    )
     options = parser.parse_args()
     use_cpu(options.threads)
     folder_of_data = (f"data.dir={options.data_dir}",) if options.data_dir else ()
@@ -274,8 +288,8 @@ def main() -> None:
         run = Run(config, Path("runs/method") / f"{options.preset}-{seed}", "")
         codes, labels = run.data.test.codes[: options.images], run.data.test.labels[: options.images]
         tasks += [
-            Task(name, trained, codes, labels, config.fidelity.epsilon, seed)
-            for name, trained in networks_of(run).items()
+            Task(name, trained, codes, labels, config.fidelity.epsilon, seed, options.strong_images or len(labels))
+            for name, trained in networks_of(run, options.direct_epochs).items()
         ]
     if options.train_only:
         return
@@ -285,10 +299,14 @@ def main() -> None:
 
 
 def print_table(preset: str, tasks: Sequence[Task], results: Sequence[Mapping[str, Any]]) -> None:
-    """Means over the seeds, lowest and highest in brackets, and the width of a 95 % interval of one seed."""
+    """Means over the seeds, lowest and highest in brackets, or the 95 % interval of a single seed."""
     first = tasks[0]
-    samples, seeds = len(first.labels), len({task.seed for task in tasks})
-    title = f"{preset}: {samples} test images, epsilon {first.epsilon:g}, {seeds} seed(s)"
+    seeds = len({task.seed for task in tasks})
+    strong_images = min(first.strong_images, len(first.labels))
+    title = (
+        f"{preset}: {len(first.labels)} test images ({strong_images} for strong), "
+        f"epsilon {first.epsilon:g}, {seeds} seed(s)"
+    )
     table = Table(title=title, title_justify="left")
     columns = ("clean", *SNN_COLUMNS)
     for heading in ("network", *columns, "spikes per image", "training s"):
@@ -298,14 +316,17 @@ def print_table(preset: str, tasks: Sequence[Task], results: Sequence[Mapping[st
         cells = []
         for column in columns:
             values = [result[column] for _, result in chosen if column in result]
-            cells.append(f"{np.mean(values):.1%} ({min(values):.1%} – {max(values):.1%})" if values else "")
+            samples = strong_images if column == "strong" else len(first.labels)
+            ends = (
+                (min(values), max(values))
+                if len(values) > 1
+                else wilson_interval(round(sum(values) * samples), samples)
+            )
+            cells.append(f"{np.mean(values):.1%} ({ends[0]:.1%} – {ends[1]:.1%})" if values else "")
         spikes = [result["spikes"] for _, result in chosen if "spikes" in result]
         seconds = f"{np.mean([task.trained.seconds for task, _ in chosen]):.0f}"
         table.add_row(name, *cells, f"{np.mean(spikes):,.0f}" if spikes else "", seconds)
-    console = Console(width=180)
-    console.print(table)
-    low, high = wilson_interval(samples * 3 // 4, samples)
-    console.print(f"95 % interval of one seed at an accuracy of 75 %: {low:.1%} .. {high:.1%}")
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":
