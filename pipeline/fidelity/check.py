@@ -23,11 +23,12 @@ from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import arm_rows, hits_on, overall
 from pipeline.fidelity.attribution import attribution_rows
 from pipeline.fidelity.certification import certify, is_certified
-from pipeline.fidelity.crafting import Images, craft_all
+from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.divergence import layer_rows
 from pipeline.fidelity.health import examine, health_row
 from pipeline.fidelity.page import SCHEMA, GalleryItem
 from pipeline.fidelity.resources import energy_row, placement_row
+from pipeline.fidelity.shards import craft_all
 from pipeline.fidelity.wording import percent
 from pipeline.models.float_file import load_float
 from pipeline.models.graph import PIXEL_LEVELS
