@@ -81,8 +81,11 @@ class _Pair:
             return None
         kernel, codes = self._presented(synapse)[1], np.array(self.constant_codes, np.float64)
         if synapse.kind == "conv":
-            return np.einsum("ocij,c->oij", kernel, codes)
-        return np.einsum("ocp,c->op", kernel.reshape(len(kernel), len(codes), -1 if len(codes) else 1), codes)
+            added: Float64Array = np.einsum("ocij,c->oij", kernel, codes)
+        else:
+            by_position = kernel.reshape(len(kernel), len(codes), -1 if len(codes) else 1)
+            added = np.einsum("ocp,c->op", by_position, codes)
+        return added
 
     def _presented(self, synapse: RealSynapse) -> tuple[Float64Array, Float64Array]:
         whole = self.synapses[synapse.source].weight.astype(np.float64)

@@ -11,29 +11,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hardware.bounds import prove
 from hardware.emulator import run_emulator
 from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
-from pipeline.attacks.search import Crafted
-from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, budget_of, to_images
+from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget, budget_of, to_images
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import arm_rows, hits_on, overall
 from pipeline.fidelity.attribution import attribution_rows
 from pipeline.fidelity.certification import certify, is_certified
 from pipeline.fidelity.crafting import Images
-from pipeline.fidelity.divergence import layer_rows
+from pipeline.fidelity.curve import curve_rows
+from pipeline.fidelity.divergence import layer_rows, run_teacher_forced
+from pipeline.fidelity.gallery import GalleryItem, choose_items, with_spikes
 from pipeline.fidelity.health import examine, health_row
-from pipeline.fidelity.page import SCHEMA, GalleryItem
+from pipeline.fidelity.page import SCHEMA
 from pipeline.fidelity.resources import energy_row, placement_row
 from pipeline.fidelity.shards import craft_all
+from pipeline.fidelity.transfer import at_bits, transfer_row
+from pipeline.fidelity.waterfall import Contestants, EarlierNetworks, mean_activity, waterfall_row
 from pipeline.fidelity.wording import percent
+from pipeline.fidelity.workers import sharing
 from pipeline.models.float_file import load_float
 from pipeline.models.graph import PIXEL_LEVELS
 
-GALLERY_ITEMS = 8
 SOFTWARE = ("spikeguard", "torch", "snntorch", "numpy", "numba", "nir", "onnx", "onnxruntime", "scikit-learn")
 EXIT_CODES: Mapping[str, int] = {
     "OK": 0,
@@ -59,6 +60,9 @@ class Circumstances:
         quantization: how the scales were chosen.
         timings: seconds by stage before the check.
         reproduce: the shell command that gives this report.
+        earlier: the networks before the float SNN, where they are known.
+        calibration: training images, for further integer networks; without, there are none.
+        jobs: processes that share the attacks.
     """
 
     data: str
@@ -67,6 +71,9 @@ class Circumstances:
     quantization: Sequence[Mapping[str, Any]] = ()
     timings: Mapping[str, float] | None = None
     reproduce: str = ""
+    earlier: EarlierNetworks | None = None
+    calibration: Codes | None = None
+    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,16 +110,26 @@ def run_check(
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
     float_network = load_float(bundle.path)
-    targets: dict[str, GradientTarget] = {
+    both: dict[str, FloatTarget | IntegerTarget] = {
         "float": FloatTarget(float_network),
         "integer": IntegerTarget(bundle.network),
     }
+    targets: dict[str, GradientTarget] = {**both}
+    others = {}
+    if settings.transfer_bits and circumstances.calibration is not None:
+        others = at_bits(float_network, circumstances.calibration, settings.transfer_bits)
     identity = "".join(sorted(record.sha256 for record in bundle.manifest.files.values()))
-    crafted = craft_all(targets, images, settings, folder, identity)
+    with sharing(circumstances.jobs, {**both, **others}) as workers:
+        crafted = craft_all(targets, images, settings, folder, identity, workers=workers)
+        hits = {name: hits_on(target, images, crafted) for name, target in targets.items()}
+        curve = curve_rows(targets, hits, images, settings, folder, identity, workers)
+        matrix = None
+        if others:
+            everyone = {**targets, **others}
+            matrix = transfer_row(everyone, crafted, images, settings, folder, identity, workers)
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    hits = {name: hits_on(target, images, crafted) for name, target in targets.items()}
     arms = arm_rows(hits["float"], hits["integer"], settings)
     health = health_row(examine(targets, crafted, images, budget_of(settings.epsilon)))
     timings["judgement"] = time.perf_counter() - clock
@@ -125,6 +142,18 @@ def run_check(
     sample = images.codes[: max(settings.certify, 100)]
     trace = run_emulator(bundle.network, sample, record="traces")
     _, layers = float_network.record(to_images(sample))
+    spikes = {name: layer.spikes.numpy() for name, layer in layers.items()}
+    clock = time.perf_counter()
+    waterfall = waterfall_row(
+        bundle,
+        float_network,
+        images,
+        crafted,
+        Contestants(hits["float"], hits["integer"], circumstances.earlier),
+        mean_activity(sample, spikes, bundle.network),
+        runtimes,
+    )
+    timings["waterfall"] = time.perf_counter() - clock
     bits = sorted({synapse.bits for synapse in bundle.network.synapses})
     report = {
         "schema": SCHEMA,
@@ -144,7 +173,10 @@ def run_check(
         "missing_runtimes": [dict(row) for row in circumstances.missing_runtimes],
         "arms": arms,
         "runtimes": runtimes,
-        "layers": layer_rows(layers, trace),
+        "curve": curve,
+        "transfer_matrix": matrix,
+        "waterfall": waterfall,
+        "layers": layer_rows(layers, trace, run_teacher_forced(bundle.network, sample, spikes)),
         "attribution": attribution,
         "gradient_health": health,
         "baseline": None if circumstances.baseline is None else dict(circumstances.baseline),
@@ -156,7 +188,8 @@ def run_check(
         "versions": versions(),
         "reproduce": circumstances.reproduce,
     }
-    return CheckResult(report, _gallery(images, crafted, targets))
+    items = choose_items(images, crafted, targets)
+    return CheckResult(report, with_spikes(items, float_network, bundle.network))
 
 
 def _require_pixels(bundle: Bundle) -> None:
@@ -212,34 +245,6 @@ def conclude(
         "INCONCLUSIVE",
         f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}",
     )
-
-
-def _gallery(images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]) -> list[GalleryItem]:
-    """Some images that fooled their target, the attacks in turn, no image twice."""
-    items: list[GalleryItem] = []
-    taken: set[int] = set()
-    queues = {name: list(np.flatnonzero(made.fooled)) for name, made in crafted.items()}
-    while any(queues.values()) and len(items) < GALLERY_ITEMS:
-        for name, queue in queues.items():
-            while queue and int(queue[0]) in taken:
-                queue.pop(0)
-            if queue and len(items) < GALLERY_ITEMS:
-                index = int(queue.pop(0))
-                taken.add(index)
-                pair = np.stack([images.codes[index], crafted[name].codes[index]])
-                answers = {model: target.logits(pair).argmax(1) for model, target in targets.items()}
-                items.append(
-                    GalleryItem(
-                        index,
-                        int(images.labels[index]),
-                        name,
-                        pair[0],
-                        pair[1],
-                        (int(answers["float"][0]), int(answers["float"][1])),
-                        (int(answers["integer"][0]), int(answers["integer"][1])),
-                    )
-                )
-    return items
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ are judged on them without an attack of their own, and so are the networks befor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,8 @@ def classifier(populations: Sequence[RealPopulation], network: IntegerNetwork) -
     """Classes that populations in weight units answer with."""
 
     def classify(codes: Codes) -> NDArray[np.intp]:
-        return run_unrounded(populations, codes, network.steps)[1].argmax(1)
+        answers: NDArray[np.intp] = run_unrounded(populations, codes, network.steps)[1].argmax(1)
+        return answers
 
     return classify
 
@@ -184,7 +186,7 @@ def mean_activity(codes: Codes, spikes: Mapping[str, NDArray[np.bool_]], network
 
 
 def _affordable(populations: Sequence[RealPopulation], steps: int, arms: int) -> int:
-    connections = sum(
-        int(np.prod(one.shape)) * sum(synapse.weight[0].size for synapse in one.synapses) for one in populations
+    connections: int = sum(
+        math.prod(one.shape) * sum(synapse.weight[0].size for synapse in one.synapses) for one in populations
     )
     return max(MIN_IMAGES, WORK // (connections * steps * (arms + 1) * (len(STEPS) + 1)))

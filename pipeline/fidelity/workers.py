@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -144,6 +145,16 @@ class Workers:
         process.start()
         theirs.close()
         return _Worker(process, ours)
+
+
+@contextmanager
+def sharing(jobs: int, targets: Mapping[str, FloatTarget | IntegerTarget]) -> Iterator[Workers | None]:
+    """Processes that share the work; none for a single job, which this process does itself."""
+    if jobs == 1:
+        yield None
+        return
+    with Workers(jobs, targets) as workers:
+        yield workers
 
 
 def _serve(pipe: Connection, models: Mapping[str, _Model], threads: int) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from hardware.errors import RuleViolations
 from pipeline.fidelity import wording
-from pipeline.fidelity.page import GalleryItem, render_report
+from pipeline.fidelity.gallery import GalleryItem
+from pipeline.fidelity.page import render_report
 from pipeline.fidelity.plots import perturbation, picture, png_uri
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
