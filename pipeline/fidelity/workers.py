@@ -103,8 +103,8 @@ class Workers:
         waiting, deaths = deque(enumerate(pieces)), Counter[int]()
         busy: dict[int, tuple[int, Piece]] = {}
         while waiting or busy:
-            for place in range(min(self.jobs, len(busy) + len(waiting))):
-                if place not in busy:
+            for place in range(self.jobs):
+                if waiting and place not in busy:
                     busy[place] = waiting.popleft()
                     self._hand_over(place, busy[place][1])
             pipes = {self._workers[place].pipe: place for place in busy}

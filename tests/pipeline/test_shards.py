@@ -123,9 +123,21 @@ class Broken:
         raise ZeroDivisionError("by nothing")
 
 
+@dataclass(frozen=True)
+class Nap:
+    """A piece of work that takes its time."""
+
+    seconds: float
+
+    def __call__(self, _targets: Targets) -> None:
+        time.sleep(self.seconds)
+
+
 def test_what_goes_wrong_in_a_process_is_said_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_DEATHS", 1)
-    with Workers(1, {}) as processes:
+    with Workers(2, {}) as processes:
+        naps = [Nap(0), Nap(1)]  # the first process has nothing to do while the second is at work
+        assert list(processes.run(naps)) == naps
         wrong: list[tuple[Callable[..., None], str]] = [
             (Refused(), "do that"),
             (Broken(), "by nothing"),
