@@ -138,14 +138,14 @@ def heat_map(name: str, title: str, layers: Sequence[str], shares: Sequence[Sequ
                 size = (0.94, CELL_HEIGHT)
                 axes.add_patch(Rectangle(corner, *size, fc=COLOURS["track"], lw=0))
                 if share:
-                    strength = 0.08 + 0.62 * min(1.0, share / full)
+                    strength = 0.06 + 0.42 * min(1.0, share / full)  # the number on it stays readable, dark or light
                     axes.add_patch(Rectangle(corner, *size, fc=COLOURS["deployed"], alpha=strength, lw=0))
                 if steps <= MAX_LABELLED_STEPS:
                     text = f"{100 * share:.1f}" if share else "0"
                     axes.text(step + 0.5, top + LABEL_HEIGHT + CELL_HEIGHT / 2, text, ha="center", va="center", size=12)
         every = math.ceil(steps / 16)
         shown = range(0, steps, every)
-        axes.set_xticks([step + 0.5 for step in shown], [str(step + 1) for step in shown])
+        axes.set_xticks([step + 0.5 for step in shown], [str(step) for step in shown])
         axes.tick_params(axis="x", color=COLOURS["line"], labelcolor=COLOURS["muted"], labelsize=12, length=4)
         return write_svg(figure, name, title)
 

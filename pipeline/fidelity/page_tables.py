@@ -83,6 +83,12 @@ def _arm_name(row: Row) -> str:
     return name
 
 
+def _curve_point(row: Row) -> str:
+    if not row["epsilon"]:
+        return Markup("<b>clean</b>")
+    return Markup("<b>{}</b><br><small>{}</small>").format(budget(row["epsilon"]), row["attack"])
+
+
 def _step(row: Row) -> str:
     name = Markup("<b>{}</b>").format(row["name"])
     return name + Markup("<br><small>{}</small>").format(row["note"]) if row.get("note") else name
@@ -202,8 +208,7 @@ ATTRIBUTION = (
     Column("Classes changed", lambda row: f"{count(row['argmax_flips'])} of {count(row['samples'])}"),
 )
 CURVE = (
-    Column("Budget", lambda row: budget(row["epsilon"]) if row["epsilon"] else "none", numeric=False),
-    Column("Attack added", _plain("attack"), numeric=False),
+    Column("Budget", _curve_point, numeric=False),
     Column("Reference", _with_range("reference_accuracy", "reference_interval")),
     Column("Deployed", _with_range("deployed_accuracy", "deployed_interval")),
     Column("Difference, points", _difference),
