@@ -336,7 +336,8 @@ def test_curve_waterfall_and_transfer_are_told_in_numbers_and_in_the_words_of_th
     html = render_report(full_report(), gallery())
     page = Page(html)
     for expected in ("the weights cost most", "weights about weights 83.0 %", "−0.74",
-                     "0.2 (51 codes) a light attack 31.2 %", "4 bits 91.0 % 91.3 % 71.2 %", "not in a bundle"):  # fmt: skip
+                     "0.2 (51 codes) a light attack 31.2 %", "4 bits 91.0 % 91.3 % 71.2 %",
+                     "not in a bundle"):  # fmt: skip
         assert expected in page.text, expected
     spoken = " ".join(page.attributes("aria-label")).replace("\u00a0", " ")
     for expected in ("at 0.2 reference 31.2 %, deployed 29.0 %", "weights: 83.0 %, change −0.74 points",

@@ -1,0 +1,163 @@
+"""The waterfall names the kind of number that is to blame, and tells what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hardware.formats.bundle import Bundle
+from hardware.network import IntegerNetwork, Synapse
+from pipeline.attacks.black_box import random_noise
+from pipeline.attacks.search import Crafted
+from pipeline.attacks.targets import Codes, FloatTarget, IntegerTarget
+from pipeline.fidelity import waterfall
+from pipeline.fidelity.arms import hits_on, worst_case
+from pipeline.fidelity.crafting import ATTACKS, Images
+from pipeline.fidelity.waterfall import Contestants, EarlierNetworks, mean_activity, right_on_all, waterfall_row
+from pipeline.models.spiking import SpikingNetwork
+from pipeline.quantization import quantize
+from tests.pipeline.samples import random_images, spiking_network
+
+ATTACK = ATTACKS[0]
+RUNTIME = {"name": "emulator", "mismatched_spikes": 0, "mismatched_membranes": 0, "mismatched_readouts": 0}
+
+
+@dataclass(frozen=True)
+class OnlyNetwork:
+    """As much of a bundle as a waterfall reads."""
+
+    network: IntegerNetwork
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float SNN whose answers are the labels, so that every loss is the integers'."""
+
+    network: SpikingNetwork
+    integers: IntegerNetwork
+    images: Images
+    crafted: dict[str, Crafted]
+
+    def row(self, integers: IntegerNetwork, earlier: EarlierNetworks | None = None, **runtime: int) -> dict[str, Any]:
+        targets = {"reference": FloatTarget(self.network), "deployed": IntegerTarget(integers)}
+        hits = {name: hits_on(target, self.images, self.crafted) for name, target in targets.items()}
+        _, layers = self.network.record(self.network.images(self.images.codes))
+        means = mean_activity(
+            self.images.codes, {name: layer.spikes.numpy() for name, layer in layers.items()}, integers
+        )
+        return waterfall_row(
+            cast(Bundle, OnlyNetwork(integers)),
+            self.network,
+            self.images,
+            self.crafted,
+            Contestants(hits["reference"], hits["deployed"], earlier),
+            means,
+            [RUNTIME | runtime],
+            (ATTACK,),
+        )
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    network = spiking_network("conv", 2)
+    codes = random_images(network.graph.input_shape, 64, 2)
+    integers = quantize(network, codes[:16], 8, {}).network
+    noisy = random_noise(codes, np.arange(64), budget=12, seed=0)
+    labels = FloatTarget(network).logits(noisy).argmax(1)
+    crafted = Crafted(noisy, np.zeros(64, bool), np.zeros(64), None, 0)
+    return Subject(network, integers, Images(codes, labels, 0), {ATTACK.name: crafted})
+
+
+def rounded_naively(synapse: Synapse) -> Synapse:
+    """To 2 bits, each weight for itself, whatever it does to the sums."""
+    step = 127 << synapse.exponent
+    return replace(synapse, weight=(np.rint(synapse.weight / step) * step).astype(np.int32))
+
+
+def naive(network: IntegerNetwork) -> IntegerNetwork:
+    return replace(network, synapses=tuple(rounded_naively(synapse) for synapse in network.synapses))
+
+
+def high_thresholds(network: IntegerNetwork) -> IntegerNetwork:
+    populations = tuple(replace(one, threshold=3 * one.threshold) for one in network.populations)
+    return replace(network, populations=populations)
+
+
+def lost_bias(network: IntegerNetwork) -> IntegerNetwork:
+    *before, readout = network.populations
+    shifted = readout.bias + np.array([0, 100_000, 0, 0])
+    return replace(network, populations=(*before, replace(readout, bias=shifted)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "blamed"), [(naive, "weights"), (high_thresholds, "thresholds"), (lost_bias, "bias")]
+)
+def test_the_costliest_step_is_the_one_that_was_done_badly(
+    subject: Subject, damage: Callable[[IntegerNetwork], IntegerNetwork], blamed: str
+) -> None:
+    row = subject.row(damage(subject.integers))
+    assert row["costliest"] == blamed
+    costs = {step["name"]: step["cost"] for step in row["steps"]}
+    assert costs[blamed] > 0.1
+
+
+def test_steps_add_up_from_the_float_network_to_the_deployed_one(subject: Subject) -> None:
+    row = subject.row(subject.integers)
+    steps = {step["name"]: step for step in row["steps"]}
+    hits = hits_on(IntegerTarget(subject.integers), subject.images, subject.crafted)
+    assert steps["everything"]["accuracy"] == worst_case(list(hits.values())).mean()
+    assert steps["everything"]["cost"] == 0  # all its numbers were the integers' before
+    assert sum(step["cost"] or 0 for step in row["steps"]) == pytest.approx(
+        steps["float SNN"]["accuracy"] - steps["everything"]["accuracy"]
+    )
+    assert steps["runtimes"]["accuracy"] == steps["everything"]["accuracy"]
+    assert "folder of the run" in row["unknown"]
+
+
+def test_what_is_not_known_has_no_figure(subject: Subject) -> None:
+    runtimes = subject.row(subject.integers, mismatched_spikes=1)["steps"][-1]
+    assert runtimes["name"] == "runtimes"
+    assert runtimes["accuracy"] is runtimes["cost"] is None
+    assert "not certified" in runtimes["note"]
+
+
+def test_a_run_knows_the_networks_before(subject: Subject) -> None:
+    other = spiking_network("conv", 5)
+    row = subject.row(subject.integers, EarlierNetworks(subject.network, other))
+    trained, conversion, tuning, *_ = row["steps"]
+    assert [trained["name"], conversion["name"], tuning["name"]] == ["trained", "conversion", "fine-tuning"]
+    assert trained["accuracy"] == tuning["accuracy"] > conversion["accuracy"]
+    assert conversion["cost"] == -tuning["cost"] > 0
+    assert row["unknown"] is None
+
+
+def test_of_a_large_network_the_first_images_are_looked_at(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waterfall, "WORK", 1)
+    assert subject.row(subject.integers)["samples"] == waterfall.MIN_IMAGES
+
+
+def test_an_image_that_is_wrong_once_is_not_looked_at_again() -> None:
+    asked: list[int] = []
+
+    def classify(codes: Codes) -> NDArray[np.intp]:
+        asked.append(len(codes))
+        return codes[:, 0].astype(np.intp)
+
+    shown = [np.array([[1], [0], [1]], np.uint8), np.array([[1], [1], [0]], np.uint8)]
+    assert right_on_all(classify, shown, np.array([1, 1, 1])).tolist() == [True, False, False]
+    assert asked == [3, 2]
+
+
+def test_mean_activity_has_the_shapes_of_the_populations(subject: Subject) -> None:
+    spikes: Mapping[str, NDArray[np.bool_]] = {
+        one.name: np.ones((2, 3, one.size), bool) for one in subject.integers.populations if one.spiking
+    }
+    means = mean_activity(subject.images.codes, spikes, subject.integers)
+    for population in subject.integers.populations[:-1]:
+        assert means[population.name].shape == population.shape
+        assert (means[population.name] == 1).all()
