@@ -30,7 +30,7 @@ OPTIONS = (
     "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
     "--remote-debugging-pipe", "--disable-extensions", "--hide-scrollbars",
 )  # fmt: skip
-DESKTOP, PHONE = (1280, 800), (390, 844)
+DESKTOP, PHONE, PAPER = (1280, 800), (390, 844), (718, 1047)  # the last: A4 within margins of a centimetre
 FACTS = """(() => {
   const inside = element => {
     const box = element.getBoundingClientRect();
@@ -104,7 +104,9 @@ class Browser:
         width, height = size
         phone = size == PHONE
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia", media="screen", features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
         self.complaints, self.loaded = [], False
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not self.loaded:
@@ -182,6 +184,12 @@ def examine(running: Browser, page: Path, screenshots: Path | None) -> list[str]
             _save(running, screenshots / f"{page.stem}-{size[0]}-{scheme}.png")
     if len(backgrounds) != 2:
         problems.append(f"{page.name}: light and dark have the backgrounds {backgrounds}")
+    running.open(page, PAPER, "dark")
+    running.call("Emulation.setEmulatedMedia", media="print")
+    if (width := running.evaluate("document.documentElement.scrollWidth")) > PAPER[0]:
+        problems.append(f"{page.name}: printed, it is {width} wide on a page of {PAPER[0]}")
+    if screenshots is not None:
+        _save(running, screenshots / f"{page.stem}-printed.png")
     printed = base64.b64decode(running.call("Page.printToPDF", preferCSSPageSize=True)["data"])
     if not printed.startswith(b"%PDF"):
         problems.append(f"{page.name}: it cannot be printed")

@@ -189,7 +189,9 @@ def label_row(axes: Axes, top: float, text: str, strong: bool, ruled: bool) -> N
         axes.plot([0, VALUE_RIGHT], [top, top], transform=axes.get_yaxis_transform(),
                   color=COLOURS["track"], lw=1, clip_on=False)  # fmt: skip
     weight = "bold" if strong else "normal"
-    axes.text(axes.get_xlim()[0], top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight=weight)
+    # Lines that pass behind a name are not to cross its letters.
+    behind = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1}
+    axes.text(axes.get_xlim()[0], top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight=weight, bbox=behind)
 
 
 def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:

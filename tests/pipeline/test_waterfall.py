@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hardware.formats.bundle import Bundle
+from hardware.formats.bundle import Bundle, open_bundle
 from hardware.network import IntegerNetwork, Synapse
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.search import Crafted
@@ -19,29 +20,27 @@ from pipeline.fidelity import waterfall
 from pipeline.fidelity.arms import hits_on, worst_case
 from pipeline.fidelity.crafting import ATTACKS, Images
 from pipeline.fidelity.waterfall import Contestants, EarlierNetworks, mean_activity, right_on_all, waterfall_row
+from pipeline.models.float_file import load_float
 from pipeline.models.spiking import SpikingNetwork
-from pipeline.quantization import quantize
-from tests.pipeline.samples import random_images, spiking_network
+from tests.pipeline.conftest import SmallRun
 
+IMAGES = 150
 ATTACK = ATTACKS[0]
 RUNTIME = {"name": "emulator", "mismatched_spikes": 0, "mismatched_membranes": 0, "mismatched_readouts": 0}
-
-
-@dataclass(frozen=True)
-class OnlyNetwork:
-    """As much of a bundle as a waterfall reads."""
-
-    network: IntegerNetwork
 
 
 @dataclass(frozen=True)
 class Subject:
     """A float SNN whose answers are the labels, so that every loss is the integers'."""
 
+    bundle: Bundle
     network: SpikingNetwork
-    integers: IntegerNetwork
     images: Images
     crafted: dict[str, Crafted]
+
+    @property
+    def integers(self) -> IntegerNetwork:
+        return self.bundle.network
 
     def row(self, integers: IntegerNetwork, earlier: EarlierNetworks | None = None, **runtime: int) -> dict[str, Any]:
         targets = {"reference": FloatTarget(self.network), "deployed": IntegerTarget(integers)}
@@ -51,7 +50,7 @@ class Subject:
             self.images.codes, {name: layer.spikes.numpy() for name, layer in layers.items()}, integers
         )
         return waterfall_row(
-            cast(Bundle, OnlyNetwork(integers)),
+            replace(self.bundle, network=integers),
             self.network,
             self.images,
             self.crafted,
@@ -63,14 +62,15 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    network = spiking_network("conv", 2)
-    codes = random_images(network.graph.input_shape, 64, 2)
-    integers = quantize(network, codes[:16], 8, {}).network
-    noisy = random_noise(codes, np.arange(64), budget=12, seed=0)
+def subject(small_run: SmallRun) -> Subject:
+    bundle, network = open_bundle(small_run.bundle), load_float(small_run.bundle)
+    with np.load(small_run.config.with_name("digits.npz")) as digits:
+        codes = digits["images"][:IMAGES]
+    noisy = random_noise(codes, np.arange(IMAGES), budget=12, seed=0)
     labels = FloatTarget(network).logits(noisy).argmax(1)
-    crafted = Crafted(noisy, np.zeros(64, bool), np.zeros(64), None, 0)
-    return Subject(network, integers, Images(codes, labels, 0), {ATTACK.name: crafted})
+    assert len(np.unique(labels)) > 5
+    crafted = Crafted(noisy, np.zeros(IMAGES, bool), np.zeros(IMAGES), None, 0)
+    return Subject(bundle, network, Images(codes, labels, 0), {ATTACK.name: crafted})
 
 
 def rounded_naively(synapse: Synapse) -> Synapse:
@@ -90,7 +90,7 @@ def high_thresholds(network: IntegerNetwork) -> IntegerNetwork:
 
 def lost_bias(network: IntegerNetwork) -> IntegerNetwork:
     *before, readout = network.populations
-    shifted = readout.bias + np.array([0, 100_000, 0, 0])
+    shifted = readout.bias + 100_000 * (np.arange(readout.size) == 1)
     return replace(network, populations=(*before, replace(readout, bias=shifted)))
 
 
@@ -127,7 +127,9 @@ def test_what_is_not_known_has_no_figure(subject: Subject) -> None:
 
 
 def test_a_run_knows_the_networks_before(subject: Subject) -> None:
-    other = spiking_network("conv", 5)
+    other = copy.deepcopy(subject.network)
+    for _, neurons in other.neurons():
+        neurons.threshold.data *= 3
     row = subject.row(subject.integers, EarlierNetworks(subject.network, other))
     trained, conversion, tuning, *_ = row["steps"]
     assert [trained["name"], conversion["name"], tuning["name"]] == ["trained", "conversion", "fine-tuning"]
