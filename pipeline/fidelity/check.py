@@ -145,8 +145,8 @@ def run_check(
     spikes = {name: layer.spikes.numpy() for name, layer in layers.items()}
     clock = time.perf_counter()
     waterfall = waterfall_row(
-        bundle,
         float_network,
+        bundle.network,
         images,
         crafted,
         Contestants(hits["float"], hits["integer"], circumstances.earlier),

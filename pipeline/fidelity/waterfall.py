@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hardware.formats.bundle import Bundle
 from hardware.network import INPUT, IntegerNetwork
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, batched_logits
@@ -74,8 +73,8 @@ class Contestants:
 
 
 def waterfall_row(
-    bundle: Bundle,
     network: SpikingNetwork,
+    integers: IntegerNetwork,
     images: Images,
     crafted: Mapping[str, Crafted],
     contestants: Contestants,
@@ -86,8 +85,8 @@ def waterfall_row(
     """``waterfall`` of ``report.json``.
 
     Args:
-        bundle: with the integer network.
         network: the float SNN.
+        integers: its integer network.
         images: of the check.
         crafted: by attack.
         contestants: what is known of both models' answers, and the networks before.
@@ -115,9 +114,10 @@ def waterfall_row(
             module.eval()
             found.append((name, right(lambda codes, module=module: batched_logits(module, codes).argmax(1))))  # type: ignore[misc]
         found.append(("fine-tuning", known(contestants.reference)))
-    with track("waterfall", len(STEPS) + 1) as advance:
-        for name, mixed in hybrids(populations, bundle.network, means):
-            found.append((name, right(classifier(mixed, bundle.network))))
+    between = list(hybrids(populations, integers, means))
+    with track("waterfall", len(between)) as advance:
+        for name, mixed in between:
+            found.append((name, right(classifier(mixed, integers.steps))))
             advance(name)
     everything = known(contestants.deployed)
     found.append(("everything", everything))
@@ -166,11 +166,11 @@ def right_on_all(classify: Classify, shown: Sequence[Codes], labels: NDArray[np.
     return right
 
 
-def classifier(populations: Sequence[RealPopulation], network: IntegerNetwork) -> Classify:
+def classifier(populations: Sequence[RealPopulation], steps: int) -> Classify:
     """Classes that populations in weight units answer with."""
 
     def classify(codes: Codes) -> NDArray[np.intp]:
-        answers: NDArray[np.intp] = run_unrounded(populations, codes, network.steps)[1].argmax(1)
+        answers: NDArray[np.intp] = run_unrounded(populations, codes, steps)[1].argmax(1)
         return answers
 
     return classify

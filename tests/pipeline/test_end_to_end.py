@@ -288,7 +288,7 @@ def test_a_float_file_is_judged_by_what_rounding_explains(small_run: SmallRun, t
 
 def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Path) -> None:
     finished = spikeguard(
-        "fidelity", small_run.bundle, "--runtime", "emulator", "--set", small_run.data, "--out", tmp_path
+        "fidelity", small_run.bundle, "--runtime", "emulator", "--set", small_run.data, "--jobs", 2, "--out", tmp_path
     )
     assert finished.returncode == small_run.finished.returncode, finished.stderr
     report = json.loads((tmp_path / "report.json").read_text())

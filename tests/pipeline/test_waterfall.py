@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hardware.formats.bundle import Bundle, open_bundle
+from hardware.formats.bundle import open_bundle
 from hardware.network import IntegerNetwork, Synapse
 from pipeline.attacks.black_box import random_noise
 from pipeline.attacks.search import Crafted
@@ -33,14 +33,10 @@ RUNTIME = {"name": "emulator", "mismatched_spikes": 0, "mismatched_membranes": 0
 class Subject:
     """A float SNN whose answers are the labels, so that every loss is the integers'."""
 
-    bundle: Bundle
     network: SpikingNetwork
+    integers: IntegerNetwork
     images: Images
     crafted: dict[str, Crafted]
-
-    @property
-    def integers(self) -> IntegerNetwork:
-        return self.bundle.network
 
     def row(self, integers: IntegerNetwork, earlier: EarlierNetworks | None = None, **runtime: int) -> dict[str, Any]:
         targets = {"reference": FloatTarget(self.network), "deployed": IntegerTarget(integers)}
@@ -50,8 +46,8 @@ class Subject:
             self.images.codes, {name: layer.spikes.numpy() for name, layer in layers.items()}, integers
         )
         return waterfall_row(
-            replace(self.bundle, network=integers),
             self.network,
+            integers,
             self.images,
             self.crafted,
             Contestants(hits["reference"], hits["deployed"], earlier),
@@ -70,7 +66,7 @@ def subject(small_run: SmallRun) -> Subject:
     labels = FloatTarget(network).logits(noisy).argmax(1)
     assert len(np.unique(labels)) > 5
     crafted = Crafted(noisy, np.zeros(IMAGES, bool), np.zeros(IMAGES), None, 0)
-    return Subject(bundle, network, Images(codes, labels, 0), {ATTACK.name: crafted})
+    return Subject(network, bundle.network, Images(codes, labels, 0), {ATTACK.name: crafted})
 
 
 def rounded_naively(synapse: Synapse) -> Synapse:
