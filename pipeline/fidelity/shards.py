@@ -46,7 +46,7 @@ class Shard:
         """Of progress."""
         return self.attack.work_units(len(self.images.labels), self.settings)
 
-    def __call__(self, targets: Targets, advance: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __call__(self, targets: Targets, advance: Callable[..., None]) -> None:
         """Do it, going on where a killed process was."""
         half = self.path.with_suffix(".half.npz")
         save_crafted(self.path, self.attack.run(targets, self.images, self.settings, half, advance))

@@ -23,11 +23,13 @@ from hardware.errors import SpikeguardError
 from hardware.network import IntegerNetwork
 from pipeline.attacks.targets import FloatTarget, IntegerTarget
 from pipeline.compute import use_cpu
-from pipeline.interruption import raise_if_interrupted
+from pipeline.interruption import listen, raise_if_interrupted
 from pipeline.models.graph import LayerGraph
 from pipeline.models.spiking import SpikingNetwork
 
 SECONDS_BETWEEN_LOOKS = 0.5
+GRACE_SECONDS = 10.0
+"""For a process to tidy up what it was writing."""
 MOST_DEATHS = 3
 """Of processes at one piece of work, before it is held to be the cause."""
 Piece = TypeVar("Piece", bound=Callable[..., None])
@@ -86,6 +88,8 @@ class Workers:
         for worker in self._workers:
             worker.process.terminate()
         for worker in self._workers:
+            worker.process.join(GRACE_SECONDS)
+            worker.process.kill()
             worker.process.join()
         self._workers.clear()
 
@@ -95,7 +99,7 @@ class Workers:
         A piece whose process was killed is begun again by another.
 
         Args:
-            pieces: are called with the targets.
+            pieces: are called with the targets, and with what they tell their progress.
 
         Raises:
             SpikeguardError: if a piece fails, or several processes died of it.
@@ -158,24 +162,33 @@ def sharing(jobs: int, targets: Mapping[str, FloatTarget | IntegerTarget]) -> It
 
 
 def _serve(pipe: Connection, models: Mapping[str, _Model], threads: int) -> None:
-    """Do piece after piece; answer each with what went wrong, or nothing."""
+    """The whole life of a process: piece after piece of work, until the parent ends it or is gone."""
+    listen()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_cpu(threads)
-    targets = {name: model.target() for name, model in models.items()}
-    while True:
-        try:
-            piece = pipe.recv()
-        except EOFError:
-            return
-        try:
-            piece(targets)
-        except SpikeguardError as error:
-            pipe.send(str(error))
-        except Exception:  # whatever it is, the parent has to say it
-            pipe.send(f"a process of --jobs failed; without --jobs it may say more\n{traceback.format_exc()}")
-        else:
-            pipe.send("")
+    try:
+        targets = {name: model.target() for name, model in models.items()}
+        while True:
+            pipe.send(_problem(pipe.recv(), targets))
+    except (KeyboardInterrupt, EOFError, OSError):
+        return
+
+
+def _problem(piece: Callable[..., None], targets: Mapping[str, FloatTarget | IntegerTarget]) -> str:
+    """Do a piece of work, and say what went wrong; nothing if all is well."""
+    try:
+        piece(targets, raise_if_interrupted_at)
+    except SpikeguardError as error:
+        return str(error)
+    except Exception:  # whatever it is, the parent has to say it
+        return f"a process of --jobs failed; without --jobs it may say more\n{traceback.format_exc()}"
+    return ""
+
+
+def raise_if_interrupted_at(*_: object, **__: object) -> None:
+    """Progress that nobody sees, at which a process may end."""
+    raise_if_interrupted()
 
 
 def _end_with_parent() -> None:

@@ -103,7 +103,7 @@ def test_processes_give_the_images_of_one_process_even_if_one_of_them_is_killed(
 class Refused:
     """A piece of work that ends in an error of the project."""
 
-    def __call__(self, _targets: Targets) -> None:
+    def __call__(self, _targets: Targets, _advance: Callable[..., None]) -> None:
         raise SpikeguardError("this cannot be; do that")
 
 
@@ -111,7 +111,7 @@ class Refused:
 class Deadly:
     """A piece of work that kills whoever does it."""
 
-    def __call__(self, _targets: Targets) -> None:
+    def __call__(self, _targets: Targets, _advance: Callable[..., None]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -119,7 +119,7 @@ class Deadly:
 class Broken:
     """A piece of work with a bug."""
 
-    def __call__(self, _targets: Targets) -> None:
+    def __call__(self, _targets: Targets, _advance: Callable[..., None]) -> None:
         raise ZeroDivisionError("by nothing")
 
 
@@ -129,7 +129,7 @@ class Nap:
 
     seconds: float
 
-    def __call__(self, _targets: Targets) -> None:
+    def __call__(self, _targets: Targets, _advance: Callable[..., None]) -> None:
         time.sleep(self.seconds)
 
 
@@ -146,4 +146,7 @@ def test_what_goes_wrong_in_a_process_is_said_and_leaves_none_behind(monkeypatch
         for piece, words in wrong:
             with pytest.raises(SpikeguardError, match=words):
                 list(processes.run([piece]))
+        with pytest.raises(KeyboardInterrupt):
+            for _ in processes.run([Nap(0), Nap(600)]):
+                raise KeyboardInterrupt
     assert not mp.active_children()

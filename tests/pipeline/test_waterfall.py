@@ -24,7 +24,7 @@ from pipeline.models.float_file import load_float
 from pipeline.models.spiking import SpikingNetwork
 from tests.pipeline.conftest import SmallRun
 
-IMAGES = 150
+IMAGES = 60
 ATTACK = ATTACKS[0]
 RUNTIME = {"name": "emulator", "mismatched_spikes": 0, "mismatched_membranes": 0, "mismatched_readouts": 0}
 
