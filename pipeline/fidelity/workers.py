@@ -85,6 +85,9 @@ class Workers:
     def __exit__(
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for worker in self._workers:
             worker.process.terminate()
         for worker in self._workers:
@@ -106,31 +109,35 @@ class Workers:
         """
         waiting, deaths = deque(enumerate(pieces)), Counter[int]()
         busy: dict[int, tuple[int, Piece]] = {}
-        while waiting or busy:
-            for place in range(self.jobs):
-                if waiting and place not in busy:
-                    busy[place] = waiting.popleft()
-                    self._hand_over(place, busy[place][1])
-            pipes = {self._workers[place].pipe: place for place in busy}
-            raise_if_interrupted()
-            for pipe in wait(list(pipes), SECONDS_BETWEEN_LOOKS):
-                assert isinstance(pipe, Connection)
-                place = pipes[pipe]
-                number, piece = busy.pop(place)
-                try:
-                    problem = pipe.recv()
-                except (EOFError, OSError):
-                    deaths[number] += 1
-                    if deaths[number] == MOST_DEATHS:
-                        raise SpikeguardError(
-                            f"{MOST_DEATHS} processes died at the same work; is memory short? Use fewer --jobs"
-                        ) from None
-                    waiting.appendleft((number, piece))
-                    self._workers[place] = self._start()
-                    continue
-                if problem:
-                    raise SpikeguardError(problem)
-                yield piece
+        try:
+            while waiting or busy:
+                for place in range(self.jobs):
+                    if waiting and place not in busy:
+                        busy[place] = waiting.popleft()
+                        self._hand_over(place, busy[place][1])
+                pipes = {self._workers[place].pipe: place for place in busy}
+                raise_if_interrupted()
+                for pipe in wait(list(pipes), SECONDS_BETWEEN_LOOKS):
+                    assert isinstance(pipe, Connection)
+                    place = pipes[pipe]
+                    number, piece = busy.pop(place)
+                    try:
+                        problem = pipe.recv()
+                    except (EOFError, OSError):
+                        deaths[number] += 1
+                        if deaths[number] == MOST_DEATHS:
+                            raise SpikeguardError(
+                                f"{MOST_DEATHS} processes died at the same work; is memory short? Use fewer --jobs"
+                            ) from None
+                        waiting.appendleft((number, piece))
+                        self._replace(place)
+                        continue
+                    if problem:
+                        raise SpikeguardError(problem)
+                    yield piece
+        finally:
+            if busy:  # their answers would be taken for those of other work
+                self._end()
 
     def _hand_over(self, place: int, piece: Callable[..., None]) -> None:
         while len(self._workers) <= place:
@@ -138,8 +145,12 @@ class Workers:
         try:
             self._workers[place].pipe.send(piece)
         except OSError:  # it died idle
-            self._workers[place] = self._start()
+            self._replace(place)
             self._workers[place].pipe.send(piece)
+
+    def _replace(self, place: int) -> None:
+        self._workers[place].process.join()
+        self._workers[place] = self._start()
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
