@@ -28,7 +28,7 @@ from pipeline.fidelity.divergence import layer_rows
 from pipeline.fidelity.health import examine, health_row
 from pipeline.fidelity.page import SCHEMA, GalleryItem
 from pipeline.fidelity.resources import energy_row, placement_row
-from pipeline.fidelity.wording import percent
+from pipeline.fidelity.wording import divergence, percent
 from pipeline.models.float_file import load_float
 from pipeline.models.graph import PIXEL_LEVELS
 
@@ -175,13 +175,12 @@ def conclude(
 ) -> tuple[str, str, str]:
     """Verdict, outcome and one sentence, from the rows of the report."""
     names = ", ".join(row["name"] for row in runtimes)
-    broken = [row["name"] for row in runtimes if not is_certified(row)]
+    broken = [_mismatch(row) for row in runtimes if not is_certified(row)]
     if broken:
         return (
             "fail",
             "TRACE_MISMATCH",
-            f"{', '.join(broken)} does not compute what the integer network means; "
-            "attack figures of the emulator do not hold there.",
+            f"{'; '.join(broken)}. Attack figures of the emulator do not hold there.",
         )
     if health["alarms"]:
         return (
@@ -211,6 +210,12 @@ def conclude(
         "INCONCLUSIVE",
         f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}",
     )
+
+
+def _mismatch(row: Mapping[str, Any]) -> str:
+    """What is wrong with a runtime, and where it first shows among the images that it was certified on."""
+    where = "" if row["first_mismatch"] is None else f", first in {divergence(row['first_mismatch'])}"
+    return f"{row['name']} does not compute what the integer network means{where}"
 
 
 def _gallery(images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]) -> list[GalleryItem]:

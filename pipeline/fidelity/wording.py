@@ -112,10 +112,12 @@ def bits(value: object) -> str:
     return str(value)
 
 
+PLACES = {"sample": "image"}
+
+
 def divergence(first: Mapping[str, Any] | None) -> str:
-    """The first differing spike of a layer; its margin is the membrane minus the threshold."""
+    """The first differing spike of a layer, or value of a runtime, which then names its layer too."""
     if first is None:
         return "none"
-    return (
-        f"image {number(first.get('sample'))}, step {number(first.get('step'))}, neuron {number(first.get('neuron'))}"
-    )
+    places = ("layer", "sample", "step", "neuron") if "layer" in first else ("sample", "step", "neuron")
+    return ", ".join(f"{PLACES.get(place, place)} {number(first.get(place))}" for place in places)

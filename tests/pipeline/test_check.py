@@ -29,6 +29,7 @@ def runtime(name: str, spikes: int | None = 0, membranes: int | None = 0, readou
         "mismatched_spikes": spikes,
         "mismatched_membranes": membranes,
         "mismatched_readouts": readouts,
+        "first_mismatch": {"layer": "neurons2", "sample": 3, "step": 1, "neuron": 17} if spikes or membranes else None,
     }
 
 
@@ -74,6 +75,13 @@ def test_a_mismatch_names_the_runtime_that_is_wrong_and_no_other() -> None:
     _, _, sentence = conclude([arm("clean", "pass"), arm("worst case", "pass")], runtimes, HEALTHY, SETTINGS)
     assert "netx" in sentence
     assert "lava" not in sentence
+    assert "first in layer neurons2, image 3, step 1, neuron 17" in sentence
+
+
+def test_a_runtime_that_exposes_readouts_only_fails_without_a_place() -> None:
+    runtimes = [runtime("onnxruntime", None, None, 2)]
+    _, _, sentence = conclude([arm("clean", "pass"), arm("worst case", "pass")], runtimes, HEALTHY, SETTINGS)
+    assert sentence.startswith("onnxruntime does not compute what the integer network means. ")
 
 
 def test_doubt_names_the_images_that_would_decide() -> None:
