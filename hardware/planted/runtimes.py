@@ -185,7 +185,7 @@ def run_wrongly(
     return Trace(readouts, traces)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlantedRuntime:
     """A runtime that runs a network as the reference does, except for one population; arguments as `run_wrongly`."""
 

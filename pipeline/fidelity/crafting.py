@@ -173,7 +173,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "transfer",
         ("float",),
-        "{attacks} ensemble on the float SNN",
+        "{attacks} ensemble on {reference}",
         "crafted on the reference, replayed on the deployed model",
         craft_ensemble("float"),
         is_ensemble=True,
@@ -189,7 +189,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "black box, float",
         ("float",),
-        "Square {square_queries} on the float SNN",
+        "Square {square_queries} on {reference}",
         "no gradients, queries to the reference",
         craft_square("float"),
     ),

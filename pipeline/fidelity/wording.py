@@ -112,6 +112,18 @@ def bits(value: object) -> str:
     return str(value)
 
 
+def corpus_line(corpus: Mapping[str, Any]) -> str:
+    """What became of the corpus of counterexamples."""
+    added = f"{count(corpus['added'])} new {'one' if corpus['added'] == 1 else 'ones'} kept"
+    if not corpus["replayed"]:
+        return f"Counterexamples: none to replay, {added}."
+    return (
+        f"Counterexamples: {count(corpus['replayed'])} replayed first, of which the reference gets "
+        f"{count(corpus['reference_wrong'])} wrong and the deployed model {count(corpus['deployed_wrong'])} "
+        f"({count(corpus['newly_deployed_wrong'])} that were right when found); {added}."
+    )
+
+
 PLACES = {"sample": "image"}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware.formats.counterexamples import no_counterexamples
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.check import EXIT_CODES, CheckResult, conclude, versions
 
@@ -60,7 +61,7 @@ def test_outcomes(
     arms = [arm("clean", clean), arm("worst case", worst), arm("noise", None)]
     found = conclude(arms, runtimes, {"alarms": alarms}, SETTINGS)
     assert found[:2] == (verdict, outcome)
-    assert CheckResult({"outcome": outcome}, []).exit_code == EXIT_CODES[outcome] == code
+    assert CheckResult({"outcome": outcome}, [], no_counterexamples((1,))).exit_code == EXIT_CODES[outcome] == code
 
 
 def test_a_pass_names_the_runtimes_it_holds_for() -> None:
