@@ -227,6 +227,32 @@ def fidelity(
 
 
 @app.command()
+def selftest(
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="run folder")] = Path("runs/selftest"),
+    seeds: Annotated[int, typer.Option(min=1, help="checks of the unharmed bundle")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="of each of those checks, of 800")] = 240,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="reuse what is finished and still valid")] = True,
+    threads: Threads = 1,
+) -> None:
+    """Score the fidelity check itself: planted deployment errors must fail it, an unharmed bundle must pass it."""
+    from pipeline.run import sole_user
+    from pipeline.selftest.scoring import score
+    from pipeline.selftest.tables import build_table, conclusion, false_alarm_line, score_table
+
+    _use_threads(threads)
+    with sole_user(folder):
+        result = score(folder, seeds, images, fresh=not resume)
+    for table in (score_table(result), build_table(result)):
+        out.print(_table(*table))
+    out.print(escape(false_alarm_line(result)), highlight=False)
+    colour, word = ("green", "PASS") if result["passed"] else ("red", "FAIL")
+    out.print(f"[bold {colour}]{word}[/] {escape(conclusion(result))}", highlight=False)
+    out.print(escape(f"score: {folder / 'selftest.json'}"), soft_wrap=True)
+    if not result["passed"]:
+        raise typer.Exit(FAIL)
+
+
+@app.command()
 def sweep(
     source: RunOrBundle,
     bits: Annotated[list[int] | None, typer.Option("--bits", help="of the weights, 2 to 8; default: 8 6 4 3 2")] = None,

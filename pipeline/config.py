@@ -145,6 +145,9 @@ class QuantizationConfig(_Section):
     """The integer network."""
 
     bits: int | dict[str, int] = Field(default=8, description="of every weight, or by population")
+    rounding: Literal["compensated", "nearest"] = Field(
+        default="compensated", description="whether errors of weights are made to cancel on calibration images"
+    )
     epochs: Whole = Field(
         default=0, description="of fine-tuning on the integers' grid, with the objective of finetuning; 0 only rounds"
     )

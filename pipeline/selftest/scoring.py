@@ -1,33 +1,43 @@
-"""Scores the check: every planted error must end in a FAIL that names its layer, an unharmed bundle must pass."""
+"""Scores the check: every planted error must end in a FAIL that names its layer, an unharmed bundle must pass.
+
+Builds that run exactly as exported, but are worse or cannot be attacked, must be refused for just that.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hardware.errors import SpikeguardError
 from hardware.files import read_json, write_json
 from hardware.formats.bundle import Bundle, open_bundle
+from pipeline.attacks.targets import Codes
 from pipeline.config import FidelityConfig, load_config
 from pipeline.fidelity.certification import is_certified
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.references import identity_of
+from pipeline.models.float_file import load_float
 from pipeline.progress import track
 from pipeline.run import Run
 from pipeline.selftest.bugs import BUGS, Bug
+from pipeline.selftest.builds import BUILDS, Build
 from pipeline.source import source_digest
+from pipeline.stages import quantization_images
 from pipeline.statistics import wilson_interval
 
 SCHEMA = "spikeguard.selftest/1"
 PRESET = "selftest"
-SEEDS, IMAGES, BUG_IMAGES = 20, 240, 48
-"""Unharmed checks, images of each, and images of the check of a planted error, which few images show."""
+SEEDS, IMAGES = 20, 240
+"""Unharmed checks, and images of each."""
+BUG_IMAGES, BUILD_IMAGES = 48, 100
+"""Of the check of a planted error, which few images show, and of a bad build."""
 MAX_FALSE_ALARMS = 1 / 20
 FAIL_CODE = 3
 
@@ -64,35 +74,54 @@ def score(folder: Path, seeds: int = SEEDS, images: int = IMAGES, *, fresh: bool
 
     Returns:
         ``selftest.json``, which is written too.
+
+    Raises:
+        SpikeguardError: if there are fewer images.
     """
     config = load_config(PRESET)
     run = Run(config, folder, "")
     run.ensure(fresh=fresh)
     test = run.data.test
+    if images > len(test):
+        raise SpikeguardError(
+            f"{images} images are more than the {len(test)} that the self-test sets aside; take fewer"
+        )
     subject = Subject(open_bundle(run.result("export")), test.codes, test.labels, config.fidelity, folder)
     bugs = _rows("planted errors", [(bug.error, _check_of(subject, bug)) for bug in BUGS], subject, fresh)
-    kept = f"{images}-images-seed"
-    checks = [(f"{kept}-{seed}", _unharmed(subject, images, seed)) for seed in range(seeds)]
-    result = conclude(bugs, _rows("unharmed", checks, subject, fresh), subject.settings)
+    calibration = quantization_images(run.data.train, config.seed)
+    builds = [(build.stem, _check_of_build(subject, build, calibration)) for build in BUILDS]
+    checks = [(f"{images}-images-seed-{seed}", _unharmed(subject, images, seed)) for seed in range(seeds)]
+    refused, unharmed = _rows("bad builds", builds, subject, fresh), _rows("unharmed", checks, subject, fresh)
+    result = conclude(bugs, refused, unharmed, subject.settings)
     write_json(folder / "selftest.json", result)
     return result
 
 
-def conclude(bugs: Sequence[Mapping[str, Any]], unharmed: Sequence[Mapping[str, Any]], settings: FidelityConfig) -> Row:
+def conclude(
+    bugs: Sequence[Mapping[str, Any]],
+    builds: Sequence[Mapping[str, Any]],
+    unharmed: Sequence[Mapping[str, Any]],
+    settings: FidelityConfig,
+) -> Row:
     """The score of finished rows; anything but a pass of an unharmed bundle is a false alarm."""
     false_alarms = sum(row["outcome"] != "OK" for row in unharmed)
+    caught = sum(row["caught"] for row in bugs)
+    refused = sum(row["outcome"] == row["expected"] for row in builds)
+    few_alarms = false_alarms <= MAX_FALSE_ALARMS * len(unharmed)
     return {
         "schema": SCHEMA,
         "margin": settings.margin,
         "epsilon": settings.epsilon,
         "attacks": settings.attacks,
         "bugs": list(bugs),
-        "caught": sum(row["caught"] for row in bugs),
+        "caught": caught,
+        "builds": list(builds),
+        "refused": refused,
         "unharmed": list(unharmed),
         "false_alarms": false_alarms,
         "false_alarm_rate": false_alarms / len(unharmed),
         "false_alarm_interval": list(wilson_interval(false_alarms, len(unharmed))),
-        "passed": all(row["caught"] for row in bugs) and false_alarms <= MAX_FALSE_ALARMS * len(unharmed),
+        "passed": caught == len(bugs) and refused == len(builds) and few_alarms,
     }
 
 
@@ -134,6 +163,17 @@ def _check_of(subject: Subject, bug: Bug) -> Callable[[], Row]:
             and f"layer {bug.layer}," in result.report["summary"]
             and all(is_certified(other) for other in others),
         }
+
+    return check
+
+
+def _check_of_build(subject: Subject, build: Build, calibration: Codes) -> Callable[[], Row]:
+    def check() -> Row:
+        bundle = build.write(subject.folder / "builds" / build.stem, load_float(subject.bundle.path), calibration)
+        settings = subject.settings.model_copy(update={"runtimes": ("emulator",)})
+        result = _check(replace(subject, bundle=bundle), subject.images(BUILD_IMAGES, 0), settings)
+        facts = {key: result.report[key] for key in ("verdict", "outcome", "summary")}
+        return {"name": build.name, "expected": build.outcome, "exit_code": result.exit_code, **facts}
 
     return check
 
