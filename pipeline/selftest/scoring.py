@@ -80,12 +80,12 @@ def score(folder: Path, seeds: int = SEEDS, images: int = IMAGES, *, fresh: bool
     """
     config = load_config(PRESET)
     run = Run(config, folder, "")
-    run.ensure(fresh=fresh)
     test = run.data.test
     if images > len(test):
         raise SpikeguardError(
             f"{images} images are more than the {len(test)} that the self-test sets aside; take fewer"
         )
+    run.ensure(fresh=fresh)
     subject = Subject(open_bundle(run.result("export")), test.codes, test.labels, config.fidelity, folder)
     bugs = _rows("planted errors", [(bug.error, _check_of(subject, bug)) for bug in BUGS], subject, fresh)
     calibration = quantization_images(run.data.train, config.seed)
