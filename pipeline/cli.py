@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
 from pipeline.bundle_tables import arm_table, attribution_table, conformance_table, mismatch_table, population_table
-from pipeline.fidelity.wording import ATTRIBUTION_NOTE, corpus_line
+from pipeline.fidelity.wording import ATTRIBUTION_NOTE, corpus_line, looks_line
 from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
@@ -599,6 +599,8 @@ def _conclude(result: CheckResult, folder: Path) -> None:
     out.print(
         f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {escape(report['summary'])}", highlight=False
     )
+    if report["sequential"]:
+        out.print(escape(looks_line(report["sequential"])), highlight=False)
     out.print(escape(corpus_line(report["corpus"])), highlight=False)
     for row in report["missing_runtimes"]:
         out.print(f"[yellow]not certified on {row['name']}[/yellow]")

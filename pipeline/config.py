@@ -168,6 +168,9 @@ class FidelityConfig(_Section):
     epsilon: Annotated[float, Field(ge=1 / 255, le=1)] = Field(default=0.1, description="at least one pixel code")
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    looks: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=1, description="times that is looked whether the images attacked so far decide; then no more are"
+    )
     attacks: Literal["quick", "paper", "adaptive", "strong"] = Field(
         default="quick", description="the ensemble of gradients"
     )

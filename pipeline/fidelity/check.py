@@ -21,12 +21,13 @@ from hardware.formats.counterexamples import Counterexamples, merge
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import GradientTarget, IntegerTarget, Target, budget_of
 from pipeline.config import FidelityConfig
-from pipeline.fidelity.arms import arm_rows, hits_on, overall
+from pipeline.fidelity.arms import overall
 from pipeline.fidelity.attribution import attribution_rows
 from pipeline.fidelity.certification import NO_OTHERS, Open, certify, is_certified
 from pipeline.fidelity.corpus import as_crafted, behaviour_of, gather, replay_row
 from pipeline.fidelity.crafting import Images, craft_all
 from pipeline.fidelity.health import examine, health_row
+from pipeline.fidelity.looks import look_until_decided
 from pipeline.fidelity.page import SCHEMA, GalleryItem
 from pipeline.fidelity.references import earlier_build, float_reference, identity_of
 from pipeline.fidelity.resources import energy_row, placement_row
@@ -110,7 +111,7 @@ def run_check(
         SpikeguardError: if a file of the bundle is not what it should be.
     """
     _require_pixels(bundle)
-    attribution = attribution_rows(bundle)
+    attribution, available = attribution_rows(bundle), len(images.labels)
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
     reference = float_reference(bundle) if against is None else earlier_build(bundle, against)
@@ -120,12 +121,15 @@ def run_check(
     timings["replay"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    crafted = craft_all(targets, images, settings, folder, identity_of(bundle) + reference.identity)
+
+    def craft(part: Images) -> dict[str, Crafted]:
+        return craft_all(targets, part, settings, folder, identity_of(bundle) + reference.identity)
+
+    look = look_until_decided(targets, images, settings, craft, reference.name)
+    images, crafted, arms = look.images, look.crafted, look.arms
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    hits = {name: hits_on(target, images, crafted) for name, target in targets.items()}
-    arms = arm_rows(hits["float"], hits["integer"], settings, compared_with=reference.name)
     health = health_row(examine(targets, crafted, images, budget_of(settings.epsilon)))
     found = gather(targets, images, crafted, known, replayed)
     timings["judgement"] = time.perf_counter() - clock
@@ -147,12 +151,13 @@ def run_check(
         "summary": summary,
         "margin": settings.margin,
         "confidence": settings.confidence,
+        "sequential": look.row,
         "samples": len(images.labels),
         "seed": images.seed,
         "steps": bundle.network.steps,
         "bits": bits[0] if len(bits) == 1 else {s.target: s.bits for s in bundle.network.synapses},
         "epsilon": [settings.epsilon],
-        "data": {"name": circumstances.data, "test_samples": len(images.labels)},
+        "data": {"name": circumstances.data, "test_samples": available},
         "certified_runtimes": [row["name"] for row in runtimes if is_certified(row)],
         "missing_runtimes": [dict(row) for row in circumstances.missing_runtimes],
         "reference": reference.row,

@@ -124,6 +124,16 @@ def corpus_line(corpus: Mapping[str, Any]) -> str:
     )
 
 
+def looks_line(sequential: Mapping[str, Any]) -> str:
+    """How often was looked, and what that costs."""
+    looks, planned = sequential["looks"], sequential["planned"]
+    return (
+        f"Looked {looks} of {len(planned)} planned times, after {count(planned[looks - 1])} of {count(planned[-1])} "
+        f"images: bounds are of {percent(sequential['confidence'], 2)} confidence here, so that all looks together "
+        "spend no more error than one (Lan-DeMets spending after O'Brien and Fleming)."
+    )
+
+
 PLACES = {"sample": "image"}
 
 
