@@ -41,10 +41,11 @@ setup: ## Make the environments .venv and .venv-lava, or bring them up to date
 	echo "No Python 3.11 or newer that runs and can make environments (venv, ensurepip); tried $$*." >&2; \
 	echo 'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 2
 
-check-full: ## The tests, the demo, its bundle in a fresh environment, and the measurements
+check-full: ## The tests, the demo, its bundle in a fresh environment, the check's own score, and the measurements
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory demo
 	@$(BIN)/python -m tests.fresh_verify runs/demo/bundle
+	@$(BIN)/spikeguard selftest
 	@$(MAKE) --no-print-directory bench
 
 check-containers: setup ## Build the container images and exercise them, on the bundle of the demo

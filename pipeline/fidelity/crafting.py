@@ -28,16 +28,25 @@ Targets = Mapping[str, GradientTarget]
 
 @dataclass(frozen=True)
 class Images:
-    """What is attacked: codes ``(samples, *shape)``, labels, and the seed that all randomness derives from."""
+    """What is attacked: codes ``(samples, *shape)``, labels, and the seed that all randomness derives from.
+
+    Attributes:
+        first: position of the first image, where these are a part of all.
+    """
 
     codes: Codes
     labels: Labels
     seed: int
+    first: int = 0
 
     @property
     def indices(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Positions of the images, which seed their attacks."""
-        return np.arange(len(self.labels))
+        return np.arange(self.first, self.first + len(self.labels))
+
+    def part(self, start: int, stop: int) -> Images:
+        """Some of the images, each with the seed that it has among all."""
+        return Images(self.codes[start:stop], self.labels[start:stop], self.seed, self.first + start)
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "transfer",
         ("float",),
-        "{attacks} ensemble on the float SNN",
+        "{attacks} ensemble on {reference}",
         "crafted on the reference, replayed on the deployed model",
         craft_ensemble("float"),
         is_ensemble=True,
@@ -189,7 +198,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "black box, float",
         ("float",),
-        "Square {square_queries} on the float SNN",
+        "Square {square_queries} on {reference}",
         "no gradients, queries to the reference",
         craft_square("float"),
     ),
@@ -256,7 +265,7 @@ def _key(attack: Attack, images: Images, settings: FidelityConfig, identity: str
     facts = {
         "attack": [attack.name, attack.targets, attack.label],
         "members": [repr(member) for member in PRESETS[settings.attacks]],
-        "effort": [settings.epsilon, settings.square_queries, images.seed],
+        "effort": [settings.epsilon, settings.square_queries, images.seed, images.first],
         "images": hashlib.sha256(images.codes.tobytes() + images.labels.tobytes()).hexdigest(),
         "models": identity,
         "code": source_digest(),

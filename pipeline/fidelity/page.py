@@ -38,6 +38,7 @@ REQUIRED = (
 OPTIONAL = (
     "summary", "created", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
     "gradient_health", "placement", "energy", "timings", "versions", "reproduce",
+    "reference", "corpus", "sequential",
 )  # fmt: skip
 OUTCOMES = {
     "OK": "Both deciding arms are within the margin, and every named runtime computes exactly the checked network.",
