@@ -41,11 +41,12 @@ setup: ## Make the environments .venv and .venv-lava, or bring them up to date
 	echo "No Python 3.11 or newer that runs and can make environments (venv, ensurepip); tried $$*." >&2; \
 	echo 'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 2
 
-check-full: ## The tests, the demo, its bundle in a fresh environment, its report in a browser, measurements
+check-full: ## The tests, the demo, its bundle in a fresh environment, its report in a browser, the check's own score, measurements
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory demo
 	@$(BIN)/python -m tests.fresh_verify runs/demo/bundle
 	@$(MAKE) --no-print-directory check-page
+	@$(BIN)/spikeguard selftest
 	@$(MAKE) --no-print-directory bench
 
 check-containers: setup ## Build the container images and exercise them, on the bundle of the demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib import metadata
@@ -20,6 +21,7 @@ from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import atomic_folder, sha256_of, write_arrays, write_bytes, write_json
 from hardware.formats.bundle import (
+    COUNTEREXAMPLES_FILE,
     FILE_NAME,
     FLOAT_GOLDEN_FILE,
     GOLDEN_FILE,
@@ -35,6 +37,7 @@ from hardware.formats.bundle import (
     REQUIRED_FILES,
     Bundle,
 )
+from hardware.formats.counterexamples import Counterexamples, save_counterexamples
 from hardware.formats.network_file import save_network
 from hardware.network import IntegerNetwork
 from hardware.reference import run_reference
@@ -145,6 +148,29 @@ def export_target(bundle: Bundle, target: str, folder: Path, float_onnx: Mapping
         provenance=bundle.manifest.provenance,
         models=EXPORT_TARGETS[target],
     )
+
+
+def grow_bundle(bundle: Bundle, counterexamples: Counterexamples, folder: Path) -> None:
+    """A new bundle that is the same but for its counterexamples.
+
+    Args:
+        bundle: stays as it is.
+        counterexamples: the grown corpus.
+        folder: of the new bundle.
+
+    Raises:
+        SpikeguardError: if there is something in the folder's place; a bundle is never edited.
+    """
+    if folder.exists():
+        raise SpikeguardError(f"{folder} exists already, and a bundle is never edited; name a new folder")
+    with atomic_folder(folder) as partial:
+        records = dict(bundle.manifest.model_dump(mode="json")["files"])
+        for name in records:
+            shutil.copyfile(bundle.file(name), partial / name)
+        corpus = partial / COUNTEREXAMPLES_FILE
+        save_counterexamples(corpus, counterexamples)
+        records[COUNTEREXAMPLES_FILE] = {"sha256": sha256_of(corpus), "bytes": corpus.stat().st_size}
+        write_json(partial / MANIFEST_FILE, {**bundle.manifest.model_dump(mode="json"), "files": records})
 
 
 def _write_models(network: IntegerNetwork, folder: Path, models: Collection[str]) -> None:

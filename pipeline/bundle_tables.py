@@ -71,8 +71,8 @@ def _clipping(row: ConformanceRow) -> str:
     return f", not clipping {clipped:,} membranes at 24 bits" if clipped else ""
 
 
-def arm_table(title: str, arms: Sequence[Mapping[str, Any]]) -> TextTable:
-    """The arms of a fidelity check."""
+def arm_table(title: str, arms: Sequence[Mapping[str, Any]], reference: str = "trained") -> TextTable:
+    """The arms of a fidelity check; ``reference`` is the word for what the deployed model is compared with."""
     rows = [
         (
             arm["name"],
@@ -84,7 +84,7 @@ def arm_table(title: str, arms: Sequence[Mapping[str, Any]]) -> TextTable:
         )
         for arm in arms
     ]
-    return TextTable(title, ("arm", "trained", "deployed", "difference", "lower bound", "verdict"), rows)
+    return TextTable(title, ("arm", reference, "deployed", "difference", "lower bound", "verdict"), rows)
 
 
 def attribution_table(attribution: Sequence[Mapping[str, Any]]) -> TextTable:

@@ -18,7 +18,7 @@ from rich.table import Table
 from hardware.errors import RuleViolations, SpikeguardError
 from pipeline.bundle_tables import arm_table, attribution_table, conformance_table, mismatch_table, population_table
 from pipeline.fidelity.tables import fidelity_tables
-from pipeline.fidelity.wording import ATTRIBUTION_NOTE
+from pipeline.fidelity.wording import ATTRIBUTION_NOTE, corpus_line, looks_line
 from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
 
@@ -186,30 +186,78 @@ def fidelity(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="for report.json and report.html")] = Path(
         "fidelity"
     ),
+    against: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="an earlier build, to compare with instead of the float SNN")
+    ] = None,
+    grow: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="write a new bundle that holds the grown counterexamples")
+    ] = None,
     data_dir: DataFolder = None,
     jobs: Jobs = 1,
     threads: Threads = 1,
 ) -> None:
     """Attack the trained and the deployed model alike, and conclude: exit code 0 pass, 3 fail, 4 undecided."""
+    if grow is not None and grow.exists():
+        _usage(f"{grow} exists already, and a bundle is never edited; name a new folder")
+    from exporters.bundle import grow_bundle
     from hardware.formats.bundle import open_bundle
     from pipeline.fidelity.check import Circumstances, run_check
     from pipeline.fidelity.crafting import Images
-    from pipeline.run import Run, require_runtimes, require_same_test_split, write_report
+    from pipeline.run import Run, collected_corpus, require_runtimes, require_same_test_split, write_report
     from pipeline.stages import quantization_images
 
-    bundle = open_bundle(path)
+    bundle, earlier = open_bundle(path), None if against is None else open_bundle(against)
     config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes), *_folder_override(data_dir)])
     _require_data_folder(config)
     require_runtimes(config)
     _use_threads(threads)
     splits = Run(config, folder, "").data
-    require_same_test_split(bundle, splits.test)
+    bundles = [bundle] if earlier is None else [bundle, earlier]
+    for one in bundles:
+        require_same_test_split(one, splits.test)
     images = Images(splits.test.codes, splits.test.labels, config.seed)
     calibration = quantization_images(splits.train, config.seed)
     circumstances = Circumstances(data=splits.name, reproduce=_command(), calibration=calibration, jobs=jobs)
-    result = run_check(bundle, images, config.fidelity, folder / "crafted", circumstances)
+    result = run_check(
+        bundle,
+        images,
+        config.fidelity,
+        folder / "crafted",
+        circumstances,
+        corpus=collected_corpus(bundles, folder),
+        against=earlier,
+    )
     write_report(result, folder)
+    if grow is not None:
+        grow_bundle(bundle, result.counterexamples, grow)
+        out.print(escape(f"bundle with {len(result.counterexamples)} counterexamples: {grow}"), soft_wrap=True)
     _conclude(result, folder)
+
+
+@app.command()
+def selftest(
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="run folder")] = Path("runs/selftest"),
+    seeds: Annotated[int, typer.Option(min=1, help="checks of the unharmed bundle")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="of each of those checks, of 800")] = 240,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="reuse what is finished and still valid")] = True,
+    threads: Threads = 1,
+) -> None:
+    """Score the fidelity check itself: planted deployment errors must fail it, an unharmed bundle must pass it."""
+    from pipeline.run import sole_user
+    from pipeline.selftest.scoring import score
+    from pipeline.selftest.tables import build_table, conclusion, false_alarm_line, score_table
+
+    _use_threads(threads)
+    with sole_user(folder):
+        result = score(folder, seeds, images, fresh=not resume)
+    for table in (score_table(result), build_table(result)):
+        out.print(_table(*table))
+    out.print(escape(false_alarm_line(result)), highlight=False)
+    colour, word = ("green", "PASS") if result["passed"] else ("red", "FAIL")
+    out.print(f"[bold {colour}]{word}[/] {escape(conclusion(result))}", highlight=False)
+    out.print(escape(f"score: {folder / 'selftest.json'}"), soft_wrap=True)
+    if not result["passed"]:
+        raise typer.Exit(FAIL)
 
 
 @app.command()
@@ -554,13 +602,16 @@ def _conclude(result: CheckResult, folder: Path) -> None:
         out.print(_table(*attribution_table(report["attribution"])))
         out.print(f"[dim]{escape(ATTRIBUTION_NOTE)}[/dim]", highlight=False)
     title = f"{report['samples']} images, epsilon {report['epsilon'][0]:g}"
-    out.print(_table(*arm_table(title, report["arms"])))
+    out.print(_table(*arm_table(title, report["arms"], report["reference"]["word"])))
     for table in fidelity_tables(report):
         out.print(_table(*table))
     colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")
     out.print(
         f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {escape(report['summary'])}", highlight=False
     )
+    if report["sequential"]:
+        out.print(escape(looks_line(report["sequential"])), highlight=False)
+    out.print(escape(corpus_line(report["corpus"])), highlight=False)
     for row in report["missing_runtimes"]:
         out.print(f"[yellow]not certified on {row['name']}[/yellow]")
     files = ", ".join(str(folder / name) for name in ("report.html", "report.json", "report.md"))

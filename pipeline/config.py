@@ -145,6 +145,9 @@ class QuantizationConfig(_Section):
     """The integer network."""
 
     bits: int | dict[str, int] = Field(default=8, description="of every weight, or by population")
+    rounding: Literal["compensated", "nearest"] = Field(
+        default="compensated", description="whether errors of weights are made to cancel on calibration images"
+    )
     epochs: Whole = Field(
         default=0, description="of fine-tuning on the integers' grid, with the objective of finetuning; 0 only rounds"
     )
@@ -165,6 +168,9 @@ class FidelityConfig(_Section):
     epsilon: Annotated[float, Field(ge=1 / 255, le=1)] = Field(default=0.1, description="at least one pixel code")
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    looks: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=1, description="times that is looked whether the images attacked so far decide; then no more are"
+    )
     attacks: Literal["quick", "paper", "adaptive", "strong"] = Field(
         default="quick", description="the ensemble of gradients"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -18,9 +19,13 @@ console = Console(stderr=True)
 SPEED_ESTIMATE_SECONDS = 600.0
 SECONDS_BETWEEN_NOTES = 0.5
 
+Advance = Callable[..., None]
+_SHOWN: ContextVar[Advance | None] = ContextVar("shown", default=None)
+"""What advances the bar on the terminal, if there is one: work within other work speaks in its note."""
+
 
 @contextmanager
-def track(label: str, total: int, *, per: int = 1, done: int = 0) -> Iterator[Callable[..., None]]:
+def track(label: str, total: int, *, per: int = 1, done: int = 0) -> Iterator[Advance]:
     """A progress bar; call the yielded function with a note and a number of units, by default 1, to advance it.
 
     A note may be a function that makes it: it is called twice a second at most, and may be slow.
@@ -31,6 +36,9 @@ def track(label: str, total: int, *, per: int = 1, done: int = 0) -> Iterator[Ca
         per: units that are counted as one, as batches of an epoch are; the bar itself moves by units.
         done: units that were done before.
     """
+    if (outer := _SHOWN.get()) is not None:
+        yield _speaking_through(outer, label, total // per, per, done)
+        return
     # Narrow enough for a terminal of 80 columns, note included.
     columns = (
         TextColumn("{task.description:<20}"),
@@ -53,7 +61,22 @@ def track(label: str, total: int, *, per: int = 1, done: int = 0) -> Iterator[Ca
             noted = time.monotonic()
             progress.update(task, advance=units, note=note() if callable(note) else note)
 
-        yield advance
+        shown = _SHOWN.set(advance)
+        try:
+            yield advance
+        finally:
+            _SHOWN.reset(shown)
+
+
+def _speaking_through(outer: Advance, label: str, total: int, per: int, done: int) -> Advance:
+    """Progress of a part, told in the note of the bar that shows the whole."""
+
+    def advance(note: str | Callable[[], str] = "", units: int = 1) -> None:  # noqa: ARG001
+        nonlocal done
+        done += units
+        outer(lambda: f"{label} {done // per}/{total}", units=0)
+
+    return advance
 
 
 class _Count(ProgressColumn):

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,7 @@ from pipeline.number_formats import target_format
 from pipeline.progress import track
 from pipeline.rounding import InputStatistics, input_statistics
 
+Rounding = Literal["compensated", "nearest"]
 MIN_BITS, MAX_BITS = 2, 8
 # Scales tried, relative to the largest the target takes; above 1, large weights are clipped.
 CANDIDATES: tuple[float, ...] = tuple(np.geomspace(0.5, 1.35, 24).tolist())
@@ -108,6 +109,7 @@ def quantize(
     calibration: NDArray[np.uint8],
     bits: int | Mapping[str, int],
     provenance: Mapping[str, Any],
+    rounding: Rounding = "compensated",
 ) -> Quantization:
     """Quantise a float SNN.
 
@@ -117,6 +119,7 @@ def quantize(
             used.
         bits: of every weight, 2 to 8, or by population, the readout included.
         provenance: plain facts to keep with the network.
+        rounding: of the weights: to the nearest, each by itself, or so that their errors cancel in the sums.
 
     Raises:
         SpikeguardError: if weights are not finite, or a population cannot fit the target at any scale.
@@ -137,7 +140,7 @@ def quantize(
     )
     activity = RecordedActivity(calibration[:samples], network.steps, spec)
     spikes, logits = _record(network, activity.codes)
-    search = _Search(activity, shapes, spikes, logits)
+    search = _Search(activity, shapes, spikes, logits, rounding)
     rounded, choices = [], []
     with track("quantise", len(populations)) as advance:
         for population in populations:
@@ -284,6 +287,7 @@ class _Search:
         activity: of the populations before, on the calibration images; grown by each search.
         shapes: of all populations and the input.
         spikes, logits: of the float SNN on the same images.
+        rounding: of the weights.
         readouts: of the integer network, once the readout was searched.
     """
 
@@ -291,12 +295,13 @@ class _Search:
     shapes: Mapping[str, Shape]
     spikes: Spikes
     logits: NDArray[np.float64]
+    rounding: Rounding
     readouts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     def best(self, real: RealPopulation, fitting: Grid, samples: int) -> tuple[RoundedPopulation, ScaleChoice] | None:
         """The population at its best scale, judged on the first ``samples``; None if the target takes none."""
         steps, input_shape = self.activity.steps, self.shapes[INPUT]
-        statistics = self._statistics(real, fitting)
+        statistics = self._statistics(real, fitting) if self.rounding == "compensated" else None
         found: tuple[float, RoundedPopulation, Response, Grid] | None = None
         for factor in CANDIDATES:
             grid = _scaled(fitting, factor)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
@@ -16,7 +16,8 @@ from typing import Any
 
 from hardware.errors import SpikeguardError
 from hardware.files import atomic_folder, read_json, sha256_of, write_bytes, write_json
-from hardware.formats.bundle import Bundle, open_bundle
+from hardware.formats.bundle import COUNTEREXAMPLES_FILE, Bundle, open_bundle
+from hardware.formats.counterexamples import Counterexamples, load_counterexamples, merge, save_counterexamples
 from hardware.runtimes.lava import locate_lava_python
 from pipeline.config import Config, portable_settings
 from pipeline.data import Dataset, Splits, digest_of
@@ -255,13 +256,26 @@ def check_run(run: Run, timings: Mapping[str, float], missing: list[dict[str, st
         jobs=jobs,
     )
     bundle = open_bundle(run.result("export"))
-    result = run_check(bundle, images, run.config.fidelity, run.folder / "crafted", circumstances)
+    corpus = collected_corpus([bundle], run.folder)
+    result = run_check(bundle, images, run.config.fidelity, run.folder / "crafted", circumstances, corpus=corpus)
     write_report(result, run.folder)
     return result
 
 
+def collected_corpus(bundles: Sequence[Bundle], folder: Path) -> Counterexamples:
+    """Counterexamples of earlier checks: those in the bundles, and those that the last report left in its folder.
+
+    Raises:
+        SpikeguardError: if they are damaged, or of images that the first bundle's network cannot be shown.
+    """
+    network, left = bundles[0].network, folder / COUNTEREXAMPLES_FILE
+    parts = [bundle.counterexamples for bundle in bundles]
+    return merge([*parts, load_counterexamples(left, network)] if left.is_file() else parts)
+
+
 def write_report(result: CheckResult, folder: Path) -> None:
-    """Write report.json, the page made of it, and its summary for a pull request."""
+    """Write report.json, the page made of it, its summary for a pull request, and the grown corpus."""
+    save_counterexamples(folder / COUNTEREXAMPLES_FILE, result.counterexamples)
     write_json(folder / "report.json", result.report)
     write_bytes(folder / "report.md", summarize(result.report).encode())
     write_bytes(folder / "report.html", render_report(result.report, result.gallery).encode())

@@ -255,7 +255,7 @@ def quantize_network(run: Run, folder: Path) -> None:
     calibration = quantization_images(run.data.train, settings.seed)
     known = portable_settings(settings)
     provenance = {"config": {name: known[name] for name in WITHOUT_FIDELITY}, "data": settings.data.name}
-    result = quantize(network, calibration, settings.quantization.bits, provenance)
+    result = quantize(network, calibration, settings.quantization.bits, provenance, settings.quantization.rounding)
     if settings.quantization.epochs:
         parts, records = (run.data.train, run.data.validation), run.records("quantize")
         result, history = finetune_integers(settings, network, result, calibration, *parts, records)

@@ -20,6 +20,7 @@ from pydantic import Field, JsonValue
 from hardware.bounds import require_no_wrap
 from hardware.errors import RuleViolations, SpikeguardError, Violation
 from hardware.files import MAX_JSON_BYTES, read_arrays, read_bytes, sha256_of
+from hardware.formats.counterexamples import Counterexamples, load_counterexamples, no_counterexamples
 from hardware.formats.float_golden import FloatGolden, read_float_golden
 from hardware.formats.network_file import ARRAYS_FILE, JSON_FILE, load_network
 from hardware.formats.strict import StrictModel, parse_strict
@@ -32,6 +33,7 @@ GOLDEN_INPUTS = "inputs"
 NIR_FILE = "model.nir"
 NIR_CUBA_FILE = "model.cuba.nir"
 NETX_FILE = "model.net"
+COUNTEREXAMPLES_FILE = "counterexamples.npz"
 ONNX_FILE = "model.onnx"
 ONNX_STEP_FILE = "model.step.onnx"
 ONNX_INT8_FILE = "model.int8.onnx"
@@ -144,6 +146,17 @@ class Bundle:
         if len(golden.activity.logits) != len(self.golden.codes):
             raise SpikeguardError(f"{self.path}: {FLOAT_GOLDEN_FILE} is not of the golden inputs; {REMEDY}")
         return golden
+
+    @cached_property
+    def counterexamples(self) -> Counterexamples:
+        """Images that fooled this network or earlier builds; none if the bundle has no such file.
+
+        Raises:
+            SpikeguardError: if they are not well formed or not of this network.
+        """
+        if COUNTEREXAMPLES_FILE not in self:
+            return no_counterexamples(self.network.input.shape)
+        return load_counterexamples(self.file(COUNTEREXAMPLES_FILE), self.network)
 
 
 def open_bundle(path: Path) -> Bundle:

@@ -65,6 +65,7 @@ def arm_rows(
     deployed: Mapping[str, Hits],
     settings: FidelityConfig,
     attacks: Sequence[Attack] = ATTACKS,
+    compared_with: str = "the float SNN",
 ) -> list[dict[str, Any]]:
     """The deciding arms, clean and worst case, then one arm per attack.
 
@@ -72,6 +73,7 @@ def arm_rows(
         reference, deployed: what each model gets right, see :func:`hits_on`.
         settings: margin, confidence, and what the attacks were made with.
         attacks: whose images both were judged on.
+        compared_with: what labels call the reference.
     """
     counted = [CLEAN, *(attack.name for attack in attacks if attack.in_worst_case)]
     arms = [
@@ -87,7 +89,7 @@ def arm_rows(
         *(
             make_arm(
                 attack.name,
-                attack.label.format(**settings.model_dump()),
+                attack.label.format(**settings.model_dump(), reference=compared_with),
                 attack.description,
                 settings.epsilon,
                 False,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes
 from pipeline.fidelity.crafting import Images
 from pipeline.progress import track
+
+Open = Callable[[Bundle], Runtime]
+NO_OTHERS: Mapping[str, Open] = MappingProxyType({})
 
 
 class RuntimeFailedError(SpikeguardError):
@@ -62,12 +67,18 @@ def is_sought(crafted: Crafted) -> bool:
 
 
 def certify(
-    bundle: Bundle, names: Sequence[str], images: Images, crafted: Mapping[str, Crafted], count: int
+    bundle: Bundle,
+    names: Sequence[str],
+    images: Images,
+    crafted: Mapping[str, Crafted],
+    count: int,
+    others: Mapping[str, Open] = NO_OTHERS,
 ) -> list[dict[str, Any]]:
     """Run every named runtime from the bundle's files and compare all it exposes with the reference.
 
     Each gets ``count`` adversarial and ``count`` clean images with traces. ONNX Runtime, which is fast, and services,
-    which expose readouts only, also answer every image of the check; those are compared with the emulator's.
+    which expose readouts only, also answer every image of the check; those are compared with the emulator's. Runtimes
+    that the project has no name for come as ``others``: what opens each, by the name that errors call it.
 
     Returns:
         Rows of ``runtimes`` in ``report.json``.
@@ -76,18 +87,18 @@ def certify(
         RuntimeFailedError: if a runtime could not be opened or did not finish.
     """
     # The attack figures come from the emulator, so it is certified whether or not it was asked for.
-    names = list(dict.fromkeys(("emulator", *names)))
+    opened_by = {name: partial(open_runtime, name) for name in ("emulator", *names)} | dict(others)
     subset = select_subset(images, crafted, count)
     expected = run_reference(bundle.network, subset.codes)
     rows = []
-    with track("certify", len(names)) as advance:
-        for name in names:
+    with track("certify", len(opened_by)) as advance:
+        for name, opened in opened_by.items():
             advance(name, units=0)
             try:
-                row = _certify_one(open_runtime(name, bundle), subset, expected)
+                row = _certify_one(opened(bundle), subset, expected)
                 if name == "onnxruntime" or is_service(name):
                     everything = select_everything(images, crafted)
-                    row |= _answer_everything(open_runtime(name, bundle), bundle, everything, row)
+                    row |= _answer_everything(opened(bundle), bundle, everything, row)
             except SpikeguardError as error:
                 raise RuntimeFailedError(f"runtime {name} did not finish: {error}") from error
             rows.append(row)
@@ -109,12 +120,17 @@ def _certify_one(runtime: Runtime, subset: Selection, expected: Trace) -> dict[s
         "mismatched_spikes": difference.spikes,
         "mismatched_membranes": difference.membranes,
         "mismatched_readouts": difference.readouts,
-        "first_mismatch": None if difference.first is None else list(difference.first),
+        "first_mismatch": None if difference.first is None else first_mismatch(*difference.first),
         "samples_per_second": len(subset.codes) / seconds,
         # Only Lava tells apart what it needs before the first step and what each sample needs then.
         "startup_seconds": None if times is None else times.startup,
         "stepping_samples_per_second": None if times is None else len(subset.codes) / times.stepping,
     }
+
+
+def first_mismatch(layer: str, sample: int, step: int, neuron: int) -> dict[str, Any]:
+    """Where a runtime first computed something else: earliest image, then step, then layer from the input on."""
+    return {"layer": layer, "sample": sample, "step": step, "neuron": neuron}
 
 
 def _answer_everything(

@@ -15,22 +15,26 @@ from hardware.bounds import prove
 from hardware.emulator import run_emulator
 from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
-from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget, budget_of, to_images
+from hardware.formats.counterexamples import Counterexamples, merge
+from pipeline.attacks.search import Crafted
+from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget, budget_of
 from pipeline.config import FidelityConfig
-from pipeline.fidelity.arms import arm_rows, hits_on, overall
+from pipeline.fidelity.arms import overall
 from pipeline.fidelity.attribution import attribution_rows
-from pipeline.fidelity.certification import certify, is_certified
+from pipeline.fidelity.certification import NO_OTHERS, Open, certify, is_certified
+from pipeline.fidelity.corpus import as_crafted, behaviour_of, gather, replay_row
 from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.curve import curve_rows
-from pipeline.fidelity.divergence import layer_rows, run_teacher_forced
 from pipeline.fidelity.gallery import GalleryItem, choose_items, with_spikes
 from pipeline.fidelity.health import examine, health_row
+from pipeline.fidelity.looks import look_until_decided
 from pipeline.fidelity.page import SCHEMA
+from pipeline.fidelity.references import earlier_build, float_reference, identity_of
 from pipeline.fidelity.resources import energy_row, placement_row
 from pipeline.fidelity.shards import craft_all
 from pipeline.fidelity.transfer import at_bits, transfer_row
 from pipeline.fidelity.waterfall import Contestants, EarlierNetworks, mean_activity, waterfall_row
-from pipeline.fidelity.wording import percent
+from pipeline.fidelity.wording import divergence, percent
 from pipeline.fidelity.workers import sharing
 from pipeline.models.float_file import load_float
 from pipeline.models.graph import PIXEL_LEVELS
@@ -78,10 +82,11 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A finished check: ``report.json``'s content, and images for the page."""
+    """A finished check: ``report.json``'s content, images for the page, and the corpus with what the check found."""
 
     report: dict[str, Any]
     gallery: list[GalleryItem]
+    counterexamples: Counterexamples
 
     @property
     def exit_code(self) -> int:
@@ -90,7 +95,14 @@ class CheckResult:
 
 
 def run_check(
-    bundle: Bundle, images: Images, settings: FidelityConfig, folder: Path, circumstances: Circumstances
+    bundle: Bundle,
+    images: Images,
+    settings: FidelityConfig,
+    folder: Path,
+    circumstances: Circumstances,
+    others: Mapping[str, Open] = NO_OTHERS,
+    corpus: Counterexamples | None = None,
+    against: Bundle | None = None,
 ) -> CheckResult:
     """Attack both models, judge every image on both, certify the runtimes, and conclude.
 
@@ -100,59 +112,69 @@ def run_check(
         settings: budgets, effort, margin, runtimes.
         folder: keeps the crafted images, so that a killed check goes on where it was.
         circumstances: what else the report tells.
+        others: runtimes to certify that the settings have no name for, see :func:`certify`.
+        corpus: counterexamples of earlier checks, replayed before anything else; None for the bundle's own.
+        against: an earlier bundle whose integer network is the reference; None for the float SNN.
 
     Raises:
         RuntimeFailedError: if a requested runtime did not finish.
         SpikeguardError: if a file of the bundle is not what it should be.
     """
     _require_pixels(bundle)
-    attribution = attribution_rows(bundle)
+    attribution, available = attribution_rows(bundle), len(images.labels)
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
-    float_network = load_float(bundle.path)
-    both: dict[str, FloatTarget | IntegerTarget] = {
-        "float": FloatTarget(float_network),
-        "integer": IntegerTarget(bundle.network),
-    }
+    reference = float_reference(bundle) if against is None else earlier_build(bundle, against)
+    both = {"float": reference.target, "integer": IntegerTarget(bundle.network)}
     targets: dict[str, GradientTarget] = {**both}
-    others = {}
+    further: dict[str, FloatTarget | IntegerTarget] = {}
     if settings.transfer_bits and circumstances.calibration is not None:
-        others = at_bits(float_network, circumstances.calibration, settings.transfer_bits)
-    identity = "".join(sorted(record.sha256 for record in bundle.manifest.files.values()))
-    with sharing(circumstances.jobs, {**both, **others}) as workers:
-        crafted = craft_all(targets, images, settings, folder, identity, workers=workers)
-        hits = {name: hits_on(target, images, crafted) for name, target in targets.items()}
-        curve = curve_rows(targets, hits, images, settings, folder, identity, workers)
+        further = {**at_bits(load_float(bundle.path), circumstances.calibration, settings.transfer_bits)}
+    known = bundle.counterexamples if corpus is None else corpus
+    replayed = behaviour_of(targets, known.codes, known.labels)
+    timings["replay"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    identity = identity_of(bundle) + reference.identity
+    with sharing(circumstances.jobs, {**both, **further}) as workers:
+
+        def craft(part: Images) -> dict[str, Crafted]:
+            return craft_all(targets, part, settings, folder, identity, workers=workers)
+
+        look = look_until_decided(targets, images, settings, craft, reference.name)
+        images, crafted, arms = look.images, look.crafted, look.arms
+        curve = curve_rows(targets, look.hits, images, settings, folder, identity, workers)
         matrix = None
-        if others:
-            everyone = {**targets, **others}
+        if further:
+            everyone = {**targets, **further}
             matrix = transfer_row(everyone, crafted, images, settings, folder, identity, workers)
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    arms = arm_rows(hits["float"], hits["integer"], settings)
     health = health_row(examine(targets, crafted, images, budget_of(settings.epsilon)))
+    found = gather(targets, images, crafted, known, replayed)
     timings["judgement"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
-    runtimes = certify(bundle, settings.runtimes, images, crafted, settings.certify)
+    shown = as_crafted(known) | crafted
+    runtimes = certify(bundle, settings.runtimes, images, shown, settings.certify, others)
     timings["certification"] = time.perf_counter() - clock
 
-    verdict, outcome, summary = conclude(arms, runtimes, health, settings)
+    verdict, outcome, summary = conclude(arms, runtimes, health, settings, reference.word)
     sample = images.codes[: max(settings.certify, 100)]
     trace = run_emulator(bundle.network, sample, record="traces")
-    _, layers = float_network.record(to_images(sample))
-    spikes = {name: layer.spikes.numpy() for name, layer in layers.items()}
     clock = time.perf_counter()
-    waterfall = waterfall_row(
-        float_network,
-        bundle.network,
-        images,
-        crafted,
-        Contestants(hits["float"], hits["integer"], circumstances.earlier),
-        mean_activity(sample, spikes, bundle.network),
-        runtimes,
-    )
+    waterfall = None
+    if reference.network is not None:
+        waterfall = waterfall_row(
+            reference.network,
+            bundle.network,
+            images,
+            crafted,
+            Contestants(look.hits["float"], look.hits["integer"], circumstances.earlier),
+            mean_activity(reference.network, bundle.network, sample),
+            runtimes,
+        )
     timings["waterfall"] = time.perf_counter() - clock
     bits = sorted({synapse.bits for synapse in bundle.network.synapses})
     report = {
@@ -163,20 +185,23 @@ def run_check(
         "summary": summary,
         "margin": settings.margin,
         "confidence": settings.confidence,
+        "sequential": look.row,
         "samples": len(images.labels),
         "seed": images.seed,
         "steps": bundle.network.steps,
         "bits": bits[0] if len(bits) == 1 else {s.target: s.bits for s in bundle.network.synapses},
         "epsilon": [settings.epsilon],
-        "data": {"name": circumstances.data, "test_samples": len(images.labels)},
+        "data": {"name": circumstances.data, "test_samples": available},
         "certified_runtimes": [row["name"] for row in runtimes if is_certified(row)],
         "missing_runtimes": [dict(row) for row in circumstances.missing_runtimes],
+        "reference": reference.row,
         "arms": arms,
         "runtimes": runtimes,
         "curve": curve,
         "transfer_matrix": matrix,
         "waterfall": waterfall,
-        "layers": layer_rows(layers, trace, run_teacher_forced(bundle.network, sample, spikes)),
+        "corpus": replay_row(known, replayed, len(found)),
+        "layers": reference.compare(sample, trace),
         "attribution": attribution,
         "gradient_health": health,
         "baseline": None if circumstances.baseline is None else dict(circumstances.baseline),
@@ -189,7 +214,9 @@ def run_check(
         "reproduce": circumstances.reproduce,
     }
     items = choose_items(images, crafted, targets)
-    return CheckResult(report, with_spikes(items, float_network, bundle.network))
+    if reference.network is not None:
+        items = with_spikes(items, reference.network, bundle.network)
+    return CheckResult(report, items, merge([known, found]))
 
 
 def _require_pixels(bundle: Bundle) -> None:
@@ -206,16 +233,16 @@ def conclude(
     runtimes: Sequence[Mapping[str, Any]],
     health: Mapping[str, Any],
     settings: FidelityConfig,
+    reference: str = "trained",
 ) -> tuple[str, str, str]:
-    """Verdict, outcome and one sentence, from the rows of the report."""
+    """Verdict, outcome and one sentence, from the rows of the report; ``reference`` is the model's word."""
     names = ", ".join(row["name"] for row in runtimes)
-    broken = [row["name"] for row in runtimes if not is_certified(row)]
+    broken = [_mismatch(row) for row in runtimes if not is_certified(row)]
     if broken:
         return (
             "fail",
             "TRACE_MISMATCH",
-            f"{', '.join(broken)} does not compute what the integer network means; "
-            "attack figures of the emulator do not hold there.",
+            f"{'; '.join(broken)}. Attack figures of the emulator do not hold there.",
         )
     if health["alarms"]:
         return (
@@ -228,15 +255,16 @@ def conclude(
     worst = next(arm for arm in deciding if arm["name"] != "clean")
     facts = (
         f"worst-case accuracy {percent(worst['deployed_accuracy'])} deployed against "
-        f"{percent(worst['reference_accuracy'])} trained, on {worst['samples']} images at epsilon {settings.epsilon:g}"
+        f"{percent(worst['reference_accuracy'])} {reference}, on {worst['samples']} images "
+        f"at epsilon {settings.epsilon:g}"
     )
     if verdict == "pass":
-        return verdict, "OK", f"The deployed model is as robust as the trained one on {names}: {facts}."
+        return verdict, "OK", f"The deployed model is as robust as the {reference} one on {names}: {facts}."
     if verdict == "fail":
         return (
             verdict,
             "ROBUSTNESS_INFERIOR",
-            f"The deployed model is less robust than the trained one: {facts}.",
+            f"The deployed model is less robust than the {reference} one: {facts}.",
         )
     wanted = [arm["samples_to_decide"] for arm in deciding if arm["samples_to_decide"]]
     more = f" About {max(wanted):,} images would decide." if wanted else ""
@@ -245,6 +273,12 @@ def conclude(
         "INCONCLUSIVE",
         f"Too few images to tell at a margin of {settings.margin:g}: {facts}.{more}",
     )
+
+
+def _mismatch(row: Mapping[str, Any]) -> str:
+    """What is wrong with a runtime, and where it first shows among the images that it was certified on."""
+    where = "" if row["first_mismatch"] is None else f", first in {divergence(row['first_mismatch'])}"
+    return f"{row['name']} does not compute what the integer network means{where}"
 
 
 def versions() -> dict[str, str]:

@@ -23,13 +23,10 @@ Targets = Mapping[str, GradientTarget]
 
 @dataclass(frozen=True)
 class Images:
-    """What is attacked.
+    """What is attacked: codes ``(samples, *shape)``, labels, and the seed that all randomness derives from.
 
     Attributes:
-        codes: uint8 ``(samples, *shape)``.
-        labels: ``(samples,)``.
-        seed: that all randomness derives from.
-        first: position of the first of them in their data set.
+        first: position of the first image, where these are a part of all.
     """
 
     codes: Codes
@@ -40,12 +37,11 @@ class Images:
     @property
     def indices(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Positions of the images, which seed their attacks."""
-        return self.first + np.arange(len(self.labels))
+        return np.arange(self.first, self.first + len(self.labels))
 
-    def __getitem__(self, part: slice) -> Images:
-        """Consecutive ones; their attacks are those they have among all."""
-        start = part.indices(len(self.labels))[0]
-        return Images(self.codes[part], self.labels[part], self.seed, self.first + start)
+    def part(self, start: int, stop: int) -> Images:
+        """Some of the images, each with the seed that it has among all."""
+        return Images(self.codes[start:stop], self.labels[start:stop], self.seed, self.first + start)
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "transfer",
         ("float",),
-        "{attacks} ensemble on the float SNN",
+        "{attacks} ensemble on {reference}",
         "crafted on the reference, replayed on the deployed model",
         partial(craft_ensemble, target="float"),
         is_ensemble=True,
@@ -209,7 +205,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack(
         "black box, float",
         ("float",),
-        "Square {square_queries} on the float SNN",
+        "Square {square_queries} on {reference}",
         "no gradients, queries to the reference",
         partial(craft_square, target="float"),
     ),

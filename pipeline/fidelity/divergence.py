@@ -1,24 +1,26 @@
-"""Where the deployed model's spikes part from the float model's, layer by layer.
+"""Where the deployed model's spikes part from the reference's, layer by layer.
 
 Free-running, a spike that differs changes what later layers read. Teacher-forced, each layer of the integer network
-reads the spikes of the float model, so that what differs is of its own making.
+reads the spikes of the float SNN, so that what differs is of its own making.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardware.emulated_population import EmulatedPopulation, input_rows
-from hardware.network import INPUT, IntegerNetwork
+from hardware.network import FRACTION_BITS, INPUT, IntegerNetwork
 from hardware.synapse_kernels import pack_spikes
 from hardware.trace import Trace
 from pipeline.models.spiking import LayerActivity
 
 Spikes = NDArray[np.bool_]
+"""``(samples, steps, neurons)``."""
+Margin = Callable[[int, int, int], float | None]
 
 
 def layer_rows(
@@ -32,30 +34,56 @@ def layer_rows(
         forced: spikes of :func:`run_teacher_forced` on them.
 
     Returns:
-        Per layer, free-running and under "teacher_forced", what :func:`compare_layer` says.
+        Per layer, free-running and under "teacher_forced": the share of equal spikes, in all and at each step, the mean
+        absolute difference of firing rates, and the first differing spike with its margin: the float membrane before
+        reset minus its threshold, in real units.
     """
     rows = []
     for name, layer in activity.items():
         spikes = deployed.populations[name].spikes
         assert spikes is not None
-        rows.append(
-            {
-                "name": name,
-                **compare_layer(layer, spikes),
-                "teacher_forced": compare_layer(layer, forced[name]),
-            }
-        )
+
+        def margin(sample: int, step: int, neuron: int, layer: LayerActivity = layer) -> float:
+            return float(layer.membranes[sample, step, neuron]) - layer.threshold
+
+        expected = layer.spikes.numpy()
+        row = {"name": name, **_compare(expected, spikes, margin)}
+        rows.append(row | {"teacher_forced": _compare(expected, forced[name], margin)})
     return rows
 
 
-def compare_layer(layer: LayerActivity, spikes: Spikes) -> dict[str, Any]:
-    """How far spikes ``(samples, steps, neurons)`` are from the float SNN's.
+def build_rows(network: IntegerNetwork, earlier: Trace, deployed: Trace) -> list[dict[str, Any]]:
+    """Compare an earlier build's spikes with the deployed ones', as :func:`layer_rows` does.
 
-    Returns:
-        The share of equal spikes, the same at each step, the mean absolute difference of firing rates, and the first
-        differing spike with its margin: the float membrane before reset minus its threshold, in real units.
+    A trace holds membranes after the reset, so a margin is known only where the earlier build did not spike; elsewhere
+    it is None. Layers that have other names, sizes or steps in the two builds have no row.
+
+    Args:
+        network: of the earlier build.
+        earlier, deployed: traces of the same images.
     """
-    expected = layer.spikes.numpy()
+    rows = []
+    for population in network.populations:
+        before = earlier.populations[population.name]
+        after = deployed.populations.get(population.name)
+        old, new = before.spikes, None if after is None else after.spikes
+        if old is None or new is None or old.shape != new.shape:
+            continue
+        membranes, unit = before.membranes, population.scale * (1 << FRACTION_BITS)
+        threshold = population.threshold / population.scale
+
+        def margin(
+            sample: int, step: int, neuron: int, old: Spikes = old, membranes: Any = membranes, unit: float = unit,
+            threshold: float = threshold,
+        ) -> float | None:  # fmt: skip
+            spiked = old[sample, step, neuron]
+            return None if spiked else float(membranes[sample, step, neuron]) / unit - threshold
+
+        rows.append({"name": population.name, **_compare(old, new, margin)})
+    return rows
+
+
+def _compare(expected: Spikes, spikes: Spikes, margin: Margin) -> dict[str, Any]:
     differing = expected != spikes
     first = None
     if differing.any():
@@ -63,8 +91,7 @@ def compare_layer(layer: LayerActivity, spikes: Spikes) -> dict[str, Any]:
         samples, steps, neurons = np.nonzero(differing)
         at = int(np.lexsort((neurons, samples, steps))[0])
         sample, step, neuron = int(samples[at]), int(steps[at]), int(neurons[at])
-        margin = float(layer.membranes[sample, step, neuron]) - layer.threshold
-        first = {"sample": sample, "step": step, "neuron": neuron, "margin": margin}
+        first = {"sample": sample, "step": step, "neuron": neuron, "margin": margin(sample, step, neuron)}
     return {
         "spike_agreement": float(1 - differing.mean()),
         "step_agreement": [float(1 - share) for share in differing.mean((0, 2))],

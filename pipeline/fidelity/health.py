@@ -29,14 +29,15 @@ def examine(
     """All alarms on both models."""
     codes, labels = images.codes[:ALARM_IMAGES], images.labels[:ALARM_IMAGES]
     alarms = []
-    for model, (white, black) in SOURCES.items():
+    for key, (white, black) in SOURCES.items():
+        model = targets[key]
         alarms += [
-            zero_gradients(model, crafted[white]),
-            clean_image_returned(model, images.codes, crafted[white]),
-            black_box_stronger(model, crafted[white], crafted[black]),
-            more_steps_weaker(targets[model], codes, labels, budget=budget, seed=images.seed),
-            huge_budget_survived(targets[model], codes, labels, seed=images.seed),
-            answers_change(targets[model], codes),
+            zero_gradients(model.name, crafted[white]),
+            clean_image_returned(model.name, images.codes, crafted[white]),
+            black_box_stronger(model.name, crafted[white], crafted[black]),
+            more_steps_weaker(model, codes, labels, budget=budget, seed=images.seed),
+            huge_budget_survived(model, codes, labels, seed=images.seed),
+            answers_change(model, codes),
         ]
     return alarms
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.fidelity.certification import is_certified
 from pipeline.fidelity.page_tables import SIGNS
-from pipeline.fidelity.tables import fidelity_tables
+from pipeline.fidelity.tables import fidelity_tables, reference_word
 from pipeline.fidelity.wording import count, number, percent, percent_range, points
 from pipeline.target_tables import TextTable
 
@@ -69,7 +69,7 @@ def _arms(report: Mapping[str, Any]) -> TextTable:
         )
         for arm in report["arms"]
     ]
-    columns = ("arm", "trained", "deployed", "difference, points", "lower bound", "verdict")
+    columns = ("arm", reference_word(report), "deployed", "difference, points", "lower bound", "verdict")
     return TextTable("accuracy, arm by arm", columns, rows)
 
 

@@ -30,6 +30,7 @@ OPTIONAL = (
     "summary", "created", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
     "gradient_health", "placement", "energy", "timings", "versions", "reproduce", "curve", "transfer_matrix",
     "waterfall",
+    "reference", "corpus", "sequential",
 )  # fmt: skip
 OUTCOMES = {
     "OK": "Both deciding arms are within the margin, and every named runtime computes exactly the checked network.",

@@ -190,6 +190,7 @@ RUNTIMES = (
     Column("Differing spikes", _mismatches("mismatched_spikes")),
     Column("Differing membranes", _mismatches("mismatched_membranes")),
     Column("Differing readouts", _mismatches("mismatched_readouts")),
+    Column("First difference", lambda row: divergence(row.get("first_mismatch")), numeric=False),
     Column("Images per second", lambda row: number(_three_digits(row.get("samples_per_second")))),
     Column("Seconds to start", lambda row: number(_three_digits(row.get("startup_seconds")))),
 )

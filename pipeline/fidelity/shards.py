@@ -112,7 +112,7 @@ def _share_out(shards: Sequence[Shard], workers: Workers) -> None:
 def _shards(attack: Attack, images: Images, settings: FidelityConfig, folder: Path, identity: str) -> Iterator[Shard]:
     stem = attack.name.replace(", ", "-").replace(" ", "-")
     for part in batches(len(images.labels), SHARD_IMAGES):
-        some = images[part]
+        some = images.part(part.start, part.stop)
         key = _key(attack, some, settings, identity)
         yield Shard(attack, some, settings, folder / f"{stem}-{some.first:05}-{key}.npz")
 

@@ -19,6 +19,12 @@ def fidelity_tables(report: Mapping[str, Any]) -> Iterator[TextTable]:
         yield transfer_table(report)
 
 
+def reference_word(report: Mapping[str, Any]) -> str:
+    """What the reference's accuracies are called."""
+    word: str = (report.get("reference") or {}).get("word", "trained")
+    return word
+
+
 def curve_table(report: Mapping[str, Any]) -> TextTable:
     """Both models over the budget."""
     rows = [
@@ -31,7 +37,7 @@ def curve_table(report: Mapping[str, Any]) -> TextTable:
         )
         for point in report["curve"]
     ]
-    columns = ("epsilon", "trained", "deployed", "difference, points", "attack added")
+    columns = ("epsilon", reference_word(report), "deployed", "difference, points", "attack added")
     return TextTable("accuracy over the budget; elsewhere than at the deciding one the attack is light", columns, rows)
 
 

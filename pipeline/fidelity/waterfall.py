@@ -176,15 +176,19 @@ def classifier(populations: Sequence[RealPopulation], steps: int) -> Classify:
     return classify
 
 
-def mean_activity(codes: Codes, spikes: Mapping[str, NDArray[np.bool_]], network: IntegerNetwork) -> dict[str, Any]:
-    """Of the input and each population, over samples and steps, in its shape.
+def mean_activity(network: SpikingNetwork, integers: IntegerNetwork, codes: Codes) -> dict[str, NDArray[np.float64]]:
+    """Of the input and of each population of a float SNN, over samples and steps, in its shape.
 
     Args:
+        network: the float SNN.
+        integers: its integer network, which says the shapes.
         codes: uint8 ``(samples, *shape)``.
-        spikes: ``(samples, steps, neurons)`` on them, by population.
-        network: which says the shapes.
     """
-    means = {name: values.mean((0, 1)).reshape(network.by_name[name].shape) for name, values in spikes.items()}
+    _, activity = network.record(network.images(codes))
+    means = {
+        name: layer.spikes.numpy().mean((0, 1)).reshape(integers.by_name[name].shape)
+        for name, layer in activity.items()
+    }
     return {INPUT: codes.mean(0), **means}
 
 

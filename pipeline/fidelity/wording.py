@@ -114,13 +114,37 @@ def bits(value: object) -> str:
     return str(value)
 
 
+def corpus_line(corpus: Mapping[str, Any]) -> str:
+    """What became of the corpus of counterexamples."""
+    added = f"{count(corpus['added'])} new {'one' if corpus['added'] == 1 else 'ones'} kept"
+    if not corpus["replayed"]:
+        return f"Counterexamples: none to replay, {added}."
+    return (
+        f"Counterexamples: {count(corpus['replayed'])} replayed first, of which the reference gets "
+        f"{count(corpus['reference_wrong'])} wrong and the deployed model {count(corpus['deployed_wrong'])} "
+        f"({count(corpus['newly_deployed_wrong'])} that were right when found); {added}."
+    )
+
+
+def looks_line(sequential: Mapping[str, Any]) -> str:
+    """How often was looked, and what that costs."""
+    looks, planned = sequential["looks"], sequential["planned"]
+    return (
+        f"Looked {looks} of {len(planned)} planned times, after {count(planned[looks - 1])} of {count(planned[-1])} "
+        f"images: bounds are of {percent(sequential['confidence'], 2)} confidence here, so that all looks together "
+        "spend no more error than one (Lan-DeMets spending after O'Brien and Fleming)."
+    )
+
+
+PLACES = {"sample": "image"}
+
+
 def divergence(first: Mapping[str, Any] | None) -> str:
-    """The first differing spike of a layer; its margin is the membrane minus the threshold."""
+    """The first differing spike of a layer, or value of a runtime, which then names its layer too."""
     if first is None:
         return "none"
-    return (
-        f"image {number(first.get('sample'))}, step {number(first.get('step'))}, neuron {number(first.get('neuron'))}"
-    )
+    places = ("layer", "sample", "step", "neuron") if "layer" in first else ("sample", "step", "neuron")
+    return ", ".join(f"{PLACES.get(place, place)} {number(first.get(place))}" for place in places)
 
 
 def step_cost(cost: float | None) -> str:

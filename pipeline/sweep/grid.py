@@ -15,6 +15,7 @@ SETTINGS = (
     "data.dir",
     "quantization.epochs",
     "quantization.learning_rate",
+    "quantization.rounding",
     "fidelity.epsilon",
     "fidelity.margin",
     "fidelity.confidence",

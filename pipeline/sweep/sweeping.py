@@ -30,7 +30,7 @@ from pipeline.fidelity.shards import craft_all
 from pipeline.models.float_file import float_files, load_float
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
-from pipeline.quantization import quantize
+from pipeline.quantization import Rounding, quantize
 from pipeline.recipes import finetune_integers
 from pipeline.run import require_same_test_split
 from pipeline.source import source_digest
@@ -87,6 +87,7 @@ class Subject:
         settings: budget, effort and margin.
         data: name of the data set.
         learning: the fine-tuning of integers; none leaves them as they were rounded.
+        rounding: of the weights.
     """
 
     network: SpikingNetwork
@@ -95,6 +96,7 @@ class Subject:
     settings: FidelityConfig
     data: str
     learning: Learning | None = None
+    rounding: Rounding = "compensated"
 
     @cached_property
     def digest(self) -> str:
@@ -105,7 +107,7 @@ class Subject:
             "network": [hashlib.sha256(files[name]).hexdigest() for name in sorted(files)],
             "calibration": _digest(self.calibration),
             "images": [_digest(self.images.codes), _digest(self.images.labels), self.images.seed],
-            "settings": [settings.epsilon, settings.margin, settings.confidence, settings.attacks],
+            "settings": [settings.epsilon, settings.margin, settings.confidence, settings.attacks, self.rounding],
             "members": [repr(member) for member in PRESETS[settings.attacks]],
             "code": source_digest(),
             "torch": metadata.version("torch"),
@@ -137,7 +139,15 @@ def subject_of(bundle: Bundle, config: Config, samples: int | None) -> Subject:
     images = Images(splits.test.codes[:samples], splits.test.labels[:samples], config.seed)
     calibration = quantization_images(splits.train, config.seed)
     learning = Learning(config, splits.train, splits.validation) if config.quantization.epochs else None
-    return Subject(load_float(bundle.path), calibration, images, config.fidelity, splits.name, learning)
+    return Subject(
+        load_float(bundle.path),
+        calibration,
+        images,
+        config.fidelity,
+        splits.name,
+        learning,
+        config.quantization.rounding,
+    )
 
 
 def _digest(array: np.ndarray[Any, Any]) -> str:
@@ -231,7 +241,7 @@ class _Column:
             RuleViolations: if the target takes no such network.
         """
         network, subject = self.target.network, self.subject
-        rounded = quantize(network, subject.calibration, bits, {})
+        rounded = quantize(network, subject.calibration, bits, {}, subject.rounding)
         if (learning := subject.learning) is None:
             return rounded.network
         stem, folder = self._stem(bits), self.folder / TRAINED

@@ -102,17 +102,18 @@ def test_golden_inputs_may_change_over_time_without_the_unrolled_graph(tmp_path:
 
 
 def test_formats_that_cannot_hold_the_network_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
-    network = random_network(np.random.default_rng(1), leaky=True)
+    network = random_network(np.random.default_rng(1), reset="subtract")
     with pytest.raises(RuleViolations) as caught:
         _write(tmp_path / "bundle", network)
-    assert {row.object.split(":")[0] for row in caught.value.violations} == {*WITHOUT_NETX} - {ONNX_INT8_FILE}
+    assert {row.object.split(":")[0] for row in caught.value.violations} == {NIR_FILE, NIR_CUBA_FILE}
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_leaks_has_an_onnx_file_too(tmp_path: Path) -> None:
+def test_a_network_that_leaks_has_all_onnx_files_too(tmp_path: Path) -> None:
     network = random_network(np.random.default_rng(1), leaky=True)
-    bundle = open_bundle(_write(tmp_path / "bundle", network, models=(ONNX_INT8_FILE,)))
-    assert [row.file for row in verify_bundle(bundle)] == ["network.json", "network.json", ONNX_INT8_FILE]
+    files = (ONNX_FILE, ONNX_STEP_FILE, ONNX_INT8_FILE)
+    bundle = open_bundle(_write(tmp_path / "bundle", network, models=files))
+    assert [row.file for row in verify_bundle(bundle)] == ["network.json", "network.json", *files]
     assert all(row.equal for row in verify_bundle(bundle))
 
 

@@ -30,12 +30,12 @@ from hardware.formats.bundle import (
     open_bundle,
 )
 from hardware.network import STATE_LIMIT, InputSpec, IntegerNetwork, Population, Synapse
+from hardware.planted.networks import with_population
 from hardware.reference import run_reference
 from hardware.targets.lava import LAVA, NETX
 from hardware.targets.rules import Target, check
 from hardware.trace import Trace, compare_traces
 from tests.networks import SUM_LIMIT, random_codes, random_network
-from tests.planted_errors import with_population
 
 FRAMEWORKS = ("norse", "spikingjelly", "snntorch")
 

@@ -16,6 +16,8 @@ from hardware.bounds import require_no_wrap
 from hardware.emulator import Emulator, run_emulator
 from hardware.errors import RuleViolations
 from hardware.network import InputSpec, IntegerNetwork, Population, Shape, Synapse
+from hardware.planted.networks import NETWORK_ERRORS
+from hardware.planted.runtimes import INTEGRATION_ERRORS, PROPAGATION_ERRORS, integrate, run_wrongly
 from hardware.reference import propagate, run_reference
 from hardware.surrogates import ENSEMBLE, RATE, AdaptiveSurrogate
 from hardware.trace import PopulationTrace, Trace, compare_traces
@@ -23,7 +25,6 @@ from hardware.twin import Twin
 from tests.hardware.strategies import cases
 from tests.hardware.test_emulator import assert_same
 from tests.hardware.test_twin import computed, image_gradient, images_of
-from tests.planted_errors import INTEGRATION_ERRORS, NETWORK_ERRORS, PROPAGATION_ERRORS, integrate, run_wrongly
 
 Case = tuple[IntegerNetwork, NDArray[np.uint8]]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -113,6 +114,9 @@ CHANGES: dict[str, list[str]] = {
     "lost_skip": ["pool", "out"],
     "dropped_bias": EVERY,
     "bias_of_first_neuron": CONVOLUTIONS,
+    "wrapped_bias": SPIKING,
+    "skipped_normalization": ["conv1"],
+    "scale_of_a_neighbour": EVERY,
     "raised_threshold": ["conv2", "pool", "dense"],  # of the first layer's many sums hardly one meets it exactly
     "other_reset": SPIKING,
     "no_decay": SPIKING,

@@ -168,7 +168,10 @@ def rate_network(name: str = "conv", seed: int = 0) -> RateNetwork:
     """One of ``NETWORKS`` as a graph in eval mode, batch norm's statistics and affine away from their defaults."""
     torch.manual_seed(seed)
     builder, shape = NETWORKS[name]
-    module = builder()
+    return _away_from_defaults(builder(), shape)
+
+
+def _away_from_defaults(module: nn.Module, shape: Shape) -> RateNetwork:
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.normal_(norm.running_mean, std=0.1)  # type: ignore[arg-type]
@@ -182,7 +185,19 @@ def rate_network(name: str = "conv", seed: int = 0) -> RateNetwork:
 
 def spiking_network(name: str = "conv", seed: int = 0, steps: int = 5) -> SpikingNetwork:
     """The same as an SNN in eval mode, with batch norm's statistics, thresholds and biases that keep it busy."""
-    rate = rate_network(name, seed)
+    return _busy(rate_network(name, seed), seed, steps)
+
+
+def busy_spiking_network(module: nn.Module, shape: Shape, seed: int = 0, steps: int = 5) -> SpikingNetwork:
+    """The same of any torch module."""
+    torch.manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
+    return _busy(_away_from_defaults(module, shape), seed, steps)
+
+
+def _busy(rate: RateNetwork, seed: int, steps: int) -> SpikingNetwork:
     network = convert(rate, steps)
     generator = torch.Generator().manual_seed(seed)
     state = network.state_dict()

@@ -128,31 +128,31 @@ class Faulty:
         return trace
 
 
-def certify_faulty(bundle: Bundle, fault: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def certify_faulty(bundle: Bundle, fault: str) -> dict[str, Any]:
+    """As another runtime than those the project has names for."""
+
     def open_faulty(opened: Bundle) -> Runtime:
         return Faulty(opened, fault)
 
-    monkeypatch.setattr(opening, "RUNTIMES", {**opening.RUNTIMES, "faulty": open_faulty})
-    emulator, row = certify(bundle, ["faulty"], IMAGES, CRAFTED, 4)
+    emulator, row = certify(bundle, [], IMAGES, CRAFTED, 4, {"faulty": open_faulty})
     assert emulator["name"] == "emulator"  # the attack figures are its own, so it is always certified
     assert is_certified(emulator)
     return row
 
 
 @pytest.mark.parametrize("fault", ["spikes", "membranes", "readouts"])
-def test_one_wrong_value_in_one_sample_is_found_and_placed(
-    bundle: Bundle, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = certify_faulty(bundle, fault, monkeypatch)
+def test_one_wrong_value_in_one_sample_is_found_and_placed(bundle: Bundle, fault: str) -> None:
+    row = certify_faulty(bundle, fault)
     assert not is_certified(row)
     counts = {kind: row[f"mismatched_{kind}"] for kind in ("spikes", "membranes", "readouts")}
     assert counts == {**dict.fromkeys(counts, 0), fault: 1}
     if fault != "readouts":
-        assert row["first_mismatch"] == [list(bundle.network.by_name)[1], 7, 2, 3]
+        layer = list(bundle.network.by_name)[1]
+        assert row["first_mismatch"] == {"layer": layer, "sample": 7, "step": 2, "neuron": 3}
 
 
-def test_what_is_not_exposed_is_null_and_the_rest_still_counts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = certify_faulty(bundle, "nothing exposed", monkeypatch)
+def test_what_is_not_exposed_is_null_and_the_rest_still_counts(bundle: Bundle) -> None:
+    row = certify_faulty(bundle, "nothing exposed")
     assert row["mismatched_spikes"] is None
     assert row["mismatched_membranes"] is None
     assert row["mismatched_readouts"] == 0

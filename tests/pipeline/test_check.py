@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware.formats.counterexamples import no_counterexamples
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.check import EXIT_CODES, CheckResult, conclude, versions
 
@@ -29,6 +30,7 @@ def runtime(name: str, spikes: int | None = 0, membranes: int | None = 0, readou
         "mismatched_spikes": spikes,
         "mismatched_membranes": membranes,
         "mismatched_readouts": readouts,
+        "first_mismatch": {"layer": "neurons2", "sample": 3, "step": 1, "neuron": 17} if spikes or membranes else None,
     }
 
 
@@ -59,7 +61,7 @@ def test_outcomes(
     arms = [arm("clean", clean), arm("worst case", worst), arm("noise", None)]
     found = conclude(arms, runtimes, {"alarms": alarms}, SETTINGS)
     assert found[:2] == (verdict, outcome)
-    assert CheckResult({"outcome": outcome}, []).exit_code == EXIT_CODES[outcome] == code
+    assert CheckResult({"outcome": outcome}, [], no_counterexamples((1,))).exit_code == EXIT_CODES[outcome] == code
 
 
 def test_a_pass_names_the_runtimes_it_holds_for() -> None:
@@ -74,6 +76,13 @@ def test_a_mismatch_names_the_runtime_that_is_wrong_and_no_other() -> None:
     _, _, sentence = conclude([arm("clean", "pass"), arm("worst case", "pass")], runtimes, HEALTHY, SETTINGS)
     assert "netx" in sentence
     assert "lava" not in sentence
+    assert "first in layer neurons2, image 3, step 1, neuron 17" in sentence
+
+
+def test_a_runtime_that_exposes_readouts_only_fails_without_a_place() -> None:
+    runtimes = [runtime("onnxruntime", None, None, 2)]
+    _, _, sentence = conclude([arm("clean", "pass"), arm("worst case", "pass")], runtimes, HEALTHY, SETTINGS)
+    assert sentence.startswith("onnxruntime does not compute what the integer network means. ")
 
 
 def test_doubt_names_the_images_that_would_decide() -> None:

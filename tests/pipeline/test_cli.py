@@ -25,6 +25,7 @@ from exporters.onnx import write_onnx, write_step_onnx
 from hardware.bounds import prove
 from hardware.files import sha256_of
 from hardware.formats.bundle import NIR_FILE, ONNX_FILE, ONNX_STEP_FILE, open_bundle
+from hardware.formats.counterexamples import no_counterexamples, save_counterexamples
 from hardware.runtimes import lava
 from hardware.targets.catalogue import TARGETS
 from hardware.targets.loihi2 import LOIHI2
@@ -134,6 +135,34 @@ def test_a_file_of_another_network_fails_verification(call: Call, bundle: Path) 
     answer = call("verify", bundle)
     assert answer.code == FAIL
     assert answer.says("does not mean what the bundle says")
+
+
+def test_nothing_is_grown_over_what_is_there(call: Call, bundle: Path, tmp_path: Path) -> None:
+    answer = call("fidelity", bundle, "--grow", bundle, "--out", tmp_path / "out")
+    assert answer.code == USAGE
+    assert answer.says("exists already", "never edited")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_build_that_is_not_there(call: Call, bundle: Path, tmp_path: Path) -> None:
+    answer = call("fidelity", bundle, "--against", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert answer.code == ERROR
+    assert answer.says("nowhere is not a bundle folder")
+
+
+def test_counterexamples_of_other_images_are_refused(
+    call: Call, small_run: SmallRun, bundle: Path, tmp_path: Path
+) -> None:
+    save_counterexamples(tmp_path / "out" / "counterexamples.npz", no_counterexamples((3, 2, 2)))
+    answer = call("fidelity", bundle, "--runtime", "emulator", "--set", small_run.data, "--out", tmp_path / "out")
+    assert answer.code == ERROR
+    assert answer.says("counterexamples.npz", "images are the network's", "move the file away")
+
+
+def test_a_selftest_on_more_images_than_there_are(call: Call, tmp_path: Path) -> None:
+    answer = call("selftest", "--images", 900, "--out", tmp_path)
+    assert answer.code == ERROR
+    assert answer.says("900 images are more than the 800", "take fewer")
 
 
 def test_nan_weights_are_named(call: Call, small_run: SmallRun, bundle: Path) -> None:

@@ -16,7 +16,14 @@ import torch
 
 from exporters.conformance.rows import READERS, Outcome, conformance_rows
 from hardware.files import read_json
-from hardware.formats.bundle import FLOAT_GOLDEN_FILE, ONNX_FLOAT_FILE, Bundle, open_bundle
+from hardware.formats.bundle import (
+    COUNTEREXAMPLES_FILE,
+    FLOAT_GOLDEN_FILE,
+    ONNX_FLOAT_FILE,
+    Bundle,
+    open_bundle,
+)
+from hardware.formats.counterexamples import load_counterexamples
 from hardware.formats.verify import verify_bundle
 from hardware.trace import unpack_trace
 from pipeline.bundle_tables import attribution_table
@@ -53,8 +60,10 @@ FIELDS = {
     "bits",
     "epsilon",
     "certified_runtimes",
+    "reference",
     "arms",
     "runtimes",
+    "corpus",
     "layers",
     "gradient_health",
     "placement",
@@ -84,6 +93,7 @@ RUNTIME_FIELDS = {
     "mismatched_spikes",
     "mismatched_membranes",
     "mismatched_readouts",
+    "first_mismatch",
     "samples_per_second",
     "startup_seconds",
     "stepping_samples_per_second",
@@ -312,6 +322,27 @@ def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Pa
         assert report[field] == small_run.report[field]
     assert report["certified_runtimes"] == ["emulator"]
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_a_build_is_checked_against_another_and_its_corpus_grows_into_a_new_bundle(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    corpus = small_run.report["corpus"]
+    assert (corpus["replayed"], corpus["images"]) == (0, corpus["added"])
+    assert corpus["added"] > 0
+    finished = spikeguard(
+        "fidelity", small_run.bundle, "--against", small_run.bundle, "--grow", tmp_path / "grown", "--out", tmp_path,
+        "--runtime", "emulator", "--set", small_run.data, "--set", "fidelity.square_queries=5",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert finished.returncode == {"OK": 0, "MASKED_GRADIENTS": 4, "INCONCLUSIVE": 4}[report["outcome"]]
+    assert all(arm["discordant"] == [0, 0] for arm in report["arms"]), "it is the same build"
+    assert report["reference"]["kind"] == "bundle"
+    grown = open_bundle(tmp_path / "grown")
+    assert len(grown.counterexamples) == report["corpus"]["added"] > 0
+    assert f"{report['corpus']['added']} new ones kept" in finished.stdout
+    left = load_counterexamples(tmp_path / COUNTEREXAMPLES_FILE, grown.network)
+    assert left.hashes == grown.counterexamples.hashes
 
 
 @pytest.mark.lava

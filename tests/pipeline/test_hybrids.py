@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from hardware.emulator import run_emulator
-from hardware.network import INPUT, IntegerNetwork
+from hardware.network import IntegerNetwork
+from pipeline.fidelity.waterfall import mean_activity
 from pipeline.folding import RealPopulation, fold
 from pipeline.hybrids import STEPS, hybrids
 from pipeline.models.spiking import SpikingNetwork
@@ -26,16 +27,9 @@ def sample(name: str, bits: int) -> tuple[SpikingNetwork, IntegerNetwork, Codes]
     return network, quantize(network, codes, bits, {}).network, codes
 
 
-def means_of(network: SpikingNetwork, integers: IntegerNetwork, codes: Codes) -> dict[str, NDArray[np.float64]]:
-    _, layers = network.record(network.images(codes))
-    spikes = {name: layer.spikes.numpy().mean((0, 1)) for name, layer in layers.items()}
-    shaped = {name: values.reshape(integers.by_name[name].shape) for name, values in spikes.items()}
-    return {INPUT: codes.mean(0), **shaped}
-
-
 def mixed(name: str, bits: int) -> tuple[dict[str, list[RealPopulation]], IntegerNetwork, Codes]:
     network, integers, codes = sample(name, bits)
-    return dict(hybrids(fold(network), integers, means_of(network, integers, codes))), integers, codes
+    return dict(hybrids(fold(network), integers, mean_activity(network, integers, codes))), integers, codes
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -73,7 +67,7 @@ def test_a_bias_that_makes_up_for_the_weights_counts_with_them() -> None:
 
 def test_a_bias_that_was_lost_is_not_laid_to_the_weights() -> None:
     network, integers, codes = sample("conv", 8)
-    means = means_of(network, integers, codes)
+    means = mean_activity(network, integers, codes)
     healthy = dict(hybrids(fold(network), integers, means))
     readout = integers.populations[-1]
     damaged = replace(integers, populations=(*integers.populations[:-1], replace(readout, bias=readout.bias + 100_000)))

@@ -53,14 +53,14 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_part_of_the_images_is_attacked_as_it_is_among_all() -> None:
-    part = IMAGES[4:8][1:]
+    part = IMAGES.part(4, 8).part(1, 4)
     assert part.first == 5
     assert np.array_equal(part.indices, [5, 6, 7])
     assert np.array_equal(part.codes, CODES[5:8])
 
 
 def test_shards_of_a_smaller_check_are_found_again_by_a_larger_one(tmp_path: Path) -> None:
-    craft_all(models(), IMAGES[:8], SETTINGS, tmp_path, "models", SOME)
+    craft_all(models(), IMAGES.part(0, 8), SETTINGS, tmp_path, "models", SOME)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(before) == 2 * len(SOME)
     larger = craft_all(models(), IMAGES, SETTINGS, tmp_path, "models", SOME)
@@ -68,7 +68,7 @@ def test_shards_of_a_smaller_check_are_found_again_by_a_larger_one(tmp_path: Pat
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     for attack in SOME:
         parts = [
-            attack.run(models(), IMAGES[first : first + 4], SETTINGS, tmp_path / f"{attack.name}-{first}.npz")
+            attack.run(models(), IMAGES.part(first, first + 4), SETTINGS, tmp_path / f"{attack.name}-{first}.npz")
             for first in (0, 4, 8)
         ]
         assert_same(larger[attack.name], join(parts, CODES))

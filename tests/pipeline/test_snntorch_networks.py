@@ -154,7 +154,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ", ".join(settings) or "defaults")
 def test_rebuilt_networks_spike_as_in_snntorch(style: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
     module = dyadic(style(**settings))
     network = rebuilt(module)

@@ -63,13 +63,24 @@ def test_the_score_of_no_difference_is_mcnemars() -> None:
 @pytest.mark.parametrize(
     ("counts", "low", "high"),
     # Newcombe, Statistics in Medicine 17 (1998) 2635-2650: score intervals of paired differences, 95 %.
-    [((36, 12, 2, 0), 0.0611, 0.3447)],
+    # Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014) 2850-2875, table of Bentur et al.: Tango's interval.
+    [((36, 12, 2, 0), 0.0611, 0.3447), ((1, 1, 7, 12), -0.5172, -0.0260)],
 )
 def test_published_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
     both, only_first, only_second, neither = counts
     o = outcome(both, only_second, only_first, neither)  # first minus second is deployed minus reference
     assert tango_bound(o, 0.975, "lower") == pytest.approx(low, abs=6e-5)
     assert tango_bound(o, 0.975, "upper") == pytest.approx(high, abs=6e-5)
+
+
+def test_the_worked_example_of_tango() -> None:
+    """Statistics in Medicine 17 (1998) 891-908: 44 pairs, one of them discordant, no more than 10 % inferior."""
+    lenses = outcome(43, 1, 0, 0)
+    score = tango_score(lenses, -0.1)
+    assert score == pytest.approx(1.709, abs=5e-4)
+    assert norm.sf(score) == pytest.approx(0.044, abs=5e-4)
+    assert judge(lenses, 0.1, 0.95) == "pass"
+    assert judge(lenses, 0.1, 0.975) == "inconclusive"
 
 
 @given(OUTCOMES, st.sampled_from([0.8, 0.95, 0.99]))

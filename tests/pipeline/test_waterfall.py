@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,10 +41,7 @@ class Subject:
     def row(self, integers: IntegerNetwork, earlier: EarlierNetworks | None = None, **runtime: int) -> dict[str, Any]:
         targets = {"reference": FloatTarget(self.network), "deployed": IntegerTarget(integers)}
         hits = {name: hits_on(target, self.images, self.crafted) for name, target in targets.items()}
-        _, layers = self.network.record(self.network.images(self.images.codes))
-        means = mean_activity(
-            self.images.codes, {name: layer.spikes.numpy() for name, layer in layers.items()}, integers
-        )
+        means = mean_activity(self.network, integers, self.images.codes)
         return waterfall_row(
             self.network,
             integers,
@@ -152,10 +149,10 @@ def test_an_image_that_is_wrong_once_is_not_looked_at_again() -> None:
 
 
 def test_mean_activity_has_the_shapes_of_the_populations(subject: Subject) -> None:
-    spikes: Mapping[str, NDArray[np.bool_]] = {
-        one.name: np.ones((2, 3, one.size), bool) for one in subject.integers.populations if one.spiking
-    }
-    means = mean_activity(subject.images.codes, spikes, subject.integers)
+    codes = subject.images.codes[:3]
+    means = mean_activity(subject.network, subject.integers, codes)
+    _, layers = subject.network.record(subject.network.images(codes))
     for population in subject.integers.populations[:-1]:
+        expected = layers[population.name].spikes.float().mean((0, 1))
         assert means[population.name].shape == population.shape
-        assert (means[population.name] == 1).all()
+        assert means[population.name].ravel() == pytest.approx(expected.numpy())

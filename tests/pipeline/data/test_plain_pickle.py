@@ -104,7 +104,7 @@ def test_a_pickle_that_runs_a_command_does_not_run_it(tmp_path: Path, protocol: 
         Calls,
         np,
     ],
-    ids=repr,
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
 )
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_anything_but_plain_values_is_refused(value: Any, protocol: int) -> None:

@@ -1,15 +1,10 @@
-"""Errors that exporters and runtimes make, each planted in one population of a network.
-
-A wrong deployment is a network that differs from the one that was meant; a wrong runtime computes the right network
-wrongly. Either goes wrong in the damaged population first, so a comparison has to name that one.
-"""
+"""Errors that runtimes make: the right network computed wrongly, in one population."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,154 +13,20 @@ from hardware.network import (
     DECAY_UNITY,
     FRACTION_BITS,
     INPUT,
+    SEMANTICS_VERSION,
     STATE_LIMIT,
     IntArray,
     IntegerNetwork,
     Population,
     Synapse,
 )
-from hardware.reference import decay, propagate
-from hardware.trace import PopulationTrace, Trace
+from hardware.reference import Int64Array, decay, propagate
+from hardware.trace import PopulationTrace, Record, Trace
 
-Int64Array = NDArray[np.int64]
 Activity = tuple[NDArray[np.bool_], Int64Array]
 """Spikes and membranes after reset, ``(samples, steps, *shape)``."""
 Propagate = Callable[[Synapse, Int64Array], Int64Array]
 Integrate = Callable[[Population, Int64Array], Activity]
-WrongNetwork = Callable[[IntegerNetwork, str], IntegerNetwork]
-
-
-def with_population(network: IntegerNetwork, name: str, **changes: Any) -> IntegerNetwork:
-    """The same network with one population changed."""
-    populations = (replace(p, **changes) if p.name == name else p for p in network.populations)
-    return replace(network, populations=tuple(populations))
-
-
-def with_weights(
-    network: IntegerNetwork, name: str, change: Callable[[Synapse, NDArray[np.int32]], NDArray[np.int32]]
-) -> IntegerNetwork:
-    """The same network with other weights in every synapse that enters one population."""
-
-    def changed(synapse: Synapse) -> Synapse:
-        return replace(synapse, weight=np.ascontiguousarray(change(synapse, synapse.weight)))
-
-    return replace(network, synapses=tuple(changed(s) if s.target == name else s for s in network.synapses))
-
-
-def flipped_kernels(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """True convolution instead of cross-correlation."""
-    return with_weights(network, name, lambda s, w: w[:, :, ::-1, ::-1] if s.kind == "conv" else w)
-
-
-def transposed_kernels(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Rows and columns of a kernel exchanged."""
-    return with_weights(network, name, lambda s, w: w.swapaxes(2, 3) if s.kind == "conv" else w)
-
-
-def swapped_source_channels(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Channels read in the opposite order, as RGB for BGR; of a dense synapse, the channels of what it reads."""
-
-    def swap(synapse: Synapse, weight: NDArray[np.int32]) -> NDArray[np.int32]:
-        by_channel = weight.reshape(len(weight), network.source_shape(synapse)[0], -1)
-        return by_channel[:, ::-1].reshape(weight.shape)
-
-    return with_weights(network, name, swap)
-
-
-def swapped_output_channels(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Outputs written in the opposite order."""
-    return with_weights(network, name, lambda _, w: w[::-1])
-
-
-def channels_last_flattening(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """A dense synapse that reads a feature map as (height, width, channels)."""
-
-    def reorder(synapse: Synapse, weight: NDArray[np.int32]) -> NDArray[np.int32]:
-        shape = network.source_shape(synapse)
-        if synapse.kind == "conv" or len(shape) == 1:
-            return weight
-        return np.moveaxis(weight.reshape(len(weight), *shape), 1, -1).reshape(weight.shape)
-
-    return with_weights(network, name, reorder)
-
-
-def even_weights(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Signed weights of 8 bits have even mantissas on Loihi; odd ones cut off instead of refused."""
-    return with_weights(network, name, lambda _, w: w & ~1)
-
-
-def clipped_weights(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """The most negative weight, which a symmetric range lacks, clipped."""
-    return with_weights(network, name, lambda s, w: np.maximum(w, (1 - 2 ** (s.bits - 1)) << s.exponent))
-
-
-def average_pooling(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Folded kernels divided by their area, as if the threshold still were of averages instead of sums."""
-    return with_weights(network, name, lambda s, w: w // np.prod(w.shape[2:], dtype=np.int32) if s.stride > 1 else w)
-
-
-def lost_skip(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Only the first of the synapses into a population."""
-    kept = network.incoming(name)[0]
-    return replace(network, synapses=tuple(s for s in network.synapses if s.target != name or s is kept))
-
-
-def dropped_bias(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """No bias."""
-    return with_population(network, name, bias=np.zeros_like(network.by_name[name].bias))
-
-
-def bias_of_first_neuron(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """The bias of one neuron for all of its channel: border-dependent constants lost."""
-    bias = network.by_name[name].bias
-    corner = bias[(slice(None), *(slice(1) for _ in bias.shape[1:]))]
-    return with_population(network, name, bias=np.ascontiguousarray(np.broadcast_to(corner, bias.shape)))
-
-
-def raised_threshold(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """The float model's "at least" exported without taking one off."""
-    return with_population(network, name, threshold=network.by_name[name].threshold + 1)
-
-
-def other_reset(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Subtracted for zeroed or the reverse."""
-    zero = network.by_name[name].reset == "zero"
-    return with_population(network, name, reset="subtract" if zero else "zero")
-
-
-def no_decay(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Leaky neurons run as IF neurons."""
-    return with_population(network, name, current_decay=DECAY_UNITY, voltage_decay=0)
-
-
-def swapped_decays(network: IntegerNetwork, name: str) -> IntegerNetwork:
-    """Decay of the current taken for the membrane's, and the reverse."""
-    population = network.by_name[name]
-    return with_population(
-        network, name, current_decay=population.voltage_decay, voltage_decay=population.current_decay
-    )
-
-
-NETWORK_ERRORS: dict[str, WrongNetwork] = {
-    plant.__name__: plant
-    for plant in (
-        flipped_kernels,
-        transposed_kernels,
-        swapped_source_channels,
-        swapped_output_channels,
-        channels_last_flattening,
-        even_weights,
-        clipped_weights,
-        average_pooling,
-        lost_skip,
-        dropped_bias,
-        bias_of_first_neuron,
-        raised_threshold,
-        other_reset,
-        no_decay,
-        swapped_decays,
-    )
-}
 
 
 def saturated(membranes: Int64Array) -> Int64Array:
@@ -318,5 +179,30 @@ def run_wrongly(
             spikes.reshape(*spikes.shape[:2], -1) if population.spiking else None,
             membranes.reshape(*membranes.shape[:2], -1).astype(np.int32),
         )
+    if population.is_leaky:
+        return Trace(membranes[:, -1].reshape(len(codes), -1), traces)
     readouts = (sums + population.bias).reshape(len(codes), steps, -1).sum(axis=1)
     return Trace(readouts, traces)
+
+
+@dataclass
+class PlantedRuntime:
+    """A runtime that runs a network as the reference does, except for one population; arguments as `run_wrongly`."""
+
+    network: IntegerNetwork
+    damaged: str
+    wrong_propagation: Propagate = propagate
+    wrong_integration: Integrate = integrate
+    name: str = "planted"
+    version: str = SEMANTICS_VERSION
+
+    def run(self, inputs: IntArray, record: Record = "readouts") -> Trace:
+        """Run ``(samples, *shape)`` or ``(samples, steps, *shape)`` codes; everything is exposed."""
+        trace = run_wrongly(
+            self.network,
+            inputs,
+            self.damaged,
+            wrong_propagation=self.wrong_propagation,
+            wrong_integration=self.wrong_integration,
+        )
+        return trace if record == "traces" else Trace(trace.readouts)
