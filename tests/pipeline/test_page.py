@@ -411,7 +411,12 @@ def test_every_word_of_a_report_is_escaped() -> None:
     hostile = strings_replaced(report_without_lava(), frozenset({"schema", "verdict"}))
     hostile["timings"] = {NASTY: 1.0}
     hostile["attribution"][0]["disagreement"] = {NASTY: 0.5}
-    item = replace(gallery()[0], attack=NASTY)
+    hostile |= {name: full_report()[name] for name in ("curve", "waterfall", "transfer_matrix")}
+    hostile["curve"][1]["attack"] = hostile["waterfall"]["costliest"] = hostile["waterfall"]["unknown"] = NASTY
+    hostile["waterfall"]["steps"][1] |= {"name": NASTY, "note": NASTY}
+    hostile["transfer_matrix"]["rows"][0]["crafted_on"] = hostile["transfer_matrix"]["attack"] = NASTY
+    first = replace(gallery()[0].spikes[0], name=NASTY)
+    item = replace(gallery()[0], attack=NASTY, spikes=(first,))
     html = render_report(hostile, [item])
     page = Page(html)
     assert "<script" not in html
@@ -421,10 +426,10 @@ def test_every_word_of_a_report_is_escaped() -> None:
 def test_every_plot_and_picture_has_words() -> None:
     page = Page(render_report(full_report(), gallery()))
     plots = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(plots) == 4
+    assert len(plots) == 7
     assert all(plot["role"] == "img" and len(str(plot["aria-label"])) > 30 for plot in plots)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) == 12
+    assert len(images) == 20
     assert all(image["alt"] for image in images)
 
 
