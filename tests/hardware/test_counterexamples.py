@@ -131,5 +131,5 @@ def test_nothing_is_grown_over_what_is_there(bundle: Bundle) -> None:
 
 def test_a_corpus_travels_to_the_bundle_of_another_target(bundle: Bundle, tmp_path: Path) -> None:
     grow_bundle(bundle, corpus(), tmp_path / "grown")
-    export_target(open_bundle(tmp_path / "grown"), "onnx", tmp_path / "onnx")
+    export_target(open_bundle(tmp_path / "grown"), "onnx", tmp_path / "onnx", {})
     assert same(open_bundle(tmp_path / "onnx").counterexamples, corpus())
