@@ -24,7 +24,7 @@ demo: setup ## Train, quantise, export, run everywhere and compare: runs/demo/re
 test: setup lint ## Style, types and all tests
 	@if [ -x .venv-lava/bin/python ]; then marks=''; else marks='not lava'; \
 	  echo '=== NO LAVA ENVIRONMENT: the tests of the Lava runtimes are left out (see above) ===' >&2; fi; \
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -m "$$marks"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "$$marks"
 
 lint: setup ## Style and types
 	@$(BIN)/ruff check

@@ -159,10 +159,12 @@ def grow_bundle(bundle: Bundle, counterexamples: Counterexamples, folder: Path) 
         folder: of the new bundle.
 
     Raises:
-        SpikeguardError: if there is something in the folder's place; a bundle is never edited.
+        SpikeguardError: if there is something in the folder's place, or it lies in the bundle.
     """
     if folder.exists():
         raise SpikeguardError(f"{folder} exists already, and a bundle is never edited; name a new folder")
+    if bundle.path.resolve() in folder.resolve().parents:
+        raise SpikeguardError(f"{folder} lies in the bundle itself, which is never edited; name another folder")
     with atomic_folder(folder) as partial:
         records = dict(bundle.manifest.model_dump(mode="json")["files"])
         for name in records:

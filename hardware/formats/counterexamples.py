@@ -100,7 +100,7 @@ def load_counterexamples(path: Path, network: IntegerNetwork) -> Counterexamples
 
 
 def _problems(corpus: Counterexamples, network: IntegerNetwork) -> list[Violation]:
-    count = corpus.labels.shape[:1]
+    count = corpus.labels.shape[:1] or (0,)
     image, flag = (np.uint8, (*count, *network.input.shape)), (np.bool_, count)
     expected: dict[str, tuple[Any, Shape]] = {
         "codes": image,

@@ -19,7 +19,7 @@ from hardware.files import read_json, write_json
 from hardware.formats.bundle import Bundle, open_bundle
 from pipeline.attacks.targets import Codes
 from pipeline.config import FidelityConfig, load_config
-from pipeline.fidelity.certification import is_certified
+from pipeline.fidelity.certification import NO_OTHERS, Open, is_certified
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import Images
 from pipeline.fidelity.references import identity_of
@@ -188,6 +188,8 @@ def _unharmed(subject: Subject, count: int, seed: int) -> Callable[[], Row]:
     return check
 
 
-def _check(subject: Subject, images: Images, settings: FidelityConfig, others: Any = None) -> CheckResult:
+def _check(
+    subject: Subject, images: Images, settings: FidelityConfig, others: Mapping[str, Open] = NO_OTHERS
+) -> CheckResult:
     circumstances = Circumstances(data="digits")
-    return run_check(subject.bundle, images, settings, subject.folder / "crafted", circumstances, others or {})
+    return run_check(subject.bundle, images, settings, subject.folder / "crafted", circumstances, others)

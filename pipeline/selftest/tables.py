@@ -15,7 +15,6 @@ def score_table(score: Mapping[str, Any]) -> TextTable:
     rows = [
         (
             bug["name"],
-            "file" if bug["kind"] == "export" else "runtime",
             bug["layer"],
             bug["outcome"],
             "–" if bug["first_mismatch"] is None else bug["first_mismatch"]["layer"],
@@ -23,7 +22,7 @@ def score_table(score: Mapping[str, Any]) -> TextTable:
         )
         for bug in score["bugs"]
     ]
-    columns = ("planted error", "in a", "layer", "outcome of the check", "layer it names", "")
+    columns = ("planted error", "in layer", "outcome", "named", "")
     return TextTable("deployment errors planted one at a time", columns, rows)
 
 
@@ -33,7 +32,7 @@ def build_table(score: Mapping[str, Any]) -> TextTable:
         (build["name"], build["outcome"], "refused" if build["outcome"] == build["expected"] else "MISSED")
         for build in score["builds"]
     ]
-    return TextTable("builds that run exactly and must not pass", ("build", "outcome of the check", ""), rows)
+    return TextTable("builds that run exactly and must not pass", ("build", "outcome", ""), rows)
 
 
 def false_alarm_line(score: Mapping[str, Any]) -> str:

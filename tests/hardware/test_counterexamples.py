@@ -85,6 +85,7 @@ def test_an_exchanged_image_is_not_what_its_hash_says(tmp_path: Path, name: str)
     [
         ({"codes": np.zeros((5, 1, 2, 2), np.uint8)}, "codes"),
         ({"clean": np.zeros((5, *SHAPE), np.int16)}, "clean"),
+        ({"labels": np.int64(3), "codes": np.zeros(SHAPE, np.uint8), "clean": np.zeros(SHAPE, np.uint8)}, "labels"),
         ({"labels": np.full(5, NETWORK.classes)}, "labels"),
         ({"labels": np.full(5, -1)}, "labels"),
         ({"reference_wrong": np.zeros(4, np.bool_)}, "reference_wrong"),
@@ -122,11 +123,13 @@ def test_a_grown_bundle_is_a_new_one_and_otherwise_the_same(bundle: Bundle, tmp_
 
 
 def test_nothing_is_grown_over_what_is_there(bundle: Bundle) -> None:
-    with pytest.raises(SpikeguardError, match="never edited"):
-        grow_bundle(bundle, corpus(), bundle.path)
+    for folder in (bundle.path, bundle.path / "grown"):
+        with pytest.raises(SpikeguardError, match="never edited"):
+            grow_bundle(bundle, corpus(), folder)
+    open_bundle(bundle.path)
 
 
 def test_a_corpus_travels_to_the_bundle_of_another_target(bundle: Bundle, tmp_path: Path) -> None:
     grow_bundle(bundle, corpus(), tmp_path / "grown")
-    export_target(open_bundle(tmp_path / "grown"), "onnx", tmp_path / "onnx")
+    export_target(open_bundle(tmp_path / "grown"), "onnx", tmp_path / "onnx", {})
     assert same(open_bundle(tmp_path / "onnx").counterexamples, corpus())

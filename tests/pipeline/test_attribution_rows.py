@@ -49,7 +49,7 @@ def test_rows_come_out_of_a_bundle_as_the_quantiser_measured_them(
     bundle, rows = measured
     assert rows[-1]["rounded"] == EVERYTHING
     assert attribution_rows(bundle) == rows
-    export_target(bundle, "onnx", tmp_path / "other")
+    export_target(bundle, "onnx", tmp_path / "other", {})
     assert attribution_rows(open_bundle(tmp_path / "other")) == rows
 
 

@@ -445,10 +445,26 @@ def test_answers_are_marked_against_the_label() -> None:
 
 def test_mismatches_are_shown_as_differing() -> None:
     report = full_report()
-    report["runtimes"][2] |= {"mismatched_spikes": 1234}
+    first = {"layer": "hidden", "sample": 4, "step": 2, "neuron": 31}
+    report["runtimes"][2] |= {"mismatched_spikes": 1234, "first_mismatch": first}
     text = Page(render_report(report, [])).text
     assert "1,234" in text
     assert "differs" in text
+    assert "layer hidden, image 4, step 2, neuron 31" in text
+
+
+def test_the_corpus_and_the_looks_are_told_if_there_are_any() -> None:
+    without = Page(render_report(full_report(), [])).text
+    assert "Counterexamples" not in without
+    assert "planned times" not in without
+    counts = {"replayed": 64, "reference_wrong": 20, "deployed_wrong": 31, "newly_deployed_wrong": 3, "added": 1}
+    looks = {"planned": [180, 360, 540], "looks": 2, "confidence": 0.98}
+    text = Page(render_report(full_report() | {"corpus": counts, "sequential": looks}, [])).text
+    assert (
+        "64 replayed first, of which the reference gets 20 wrong and the deployed model 31 (3 that were right" in text
+    )
+    assert "1 new one kept" in text
+    assert "Looked 2 of 3 planned times, after 360 of 540 images" in text
 
 
 def test_equal_reports_give_equal_pages() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -46,3 +47,31 @@ def test_a_costly_note_is_made_now_and_then_only(monkeypatch: pytest.MonkeyPatch
             advance(note)
     assert 18 <= len(made) <= 20
     assert min(later - earlier for earlier, later in pairwise(made)) >= 0.5
+
+
+def test_work_within_other_work_speaks_in_the_note_of_its_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with track("score", 2) as advance:
+        with track("attack", 6, per=2, done=2) as part:
+            part("not shown", units=2)
+        progress_of_part = capsys.readouterr().err
+        advance("one")
+        advance("two")
+    shown = progress_of_part + capsys.readouterr().err
+    assert all(words in shown for words in ("score", "2/2", "two"))
+    assert "not shown" not in shown
+    with track("later", 1) as advance:
+        advance("a bar of its own again")
+    assert "later" in capsys.readouterr().err
+
+
+def test_a_part_tells_its_label_and_its_count() -> None:
+    told: list[str] = []
+
+    def outer(note: Callable[[], str], units: int) -> None:
+        assert units == 0
+        told.append(note())
+
+    part = progress._speaking_through(outer, "attack", 3, per=2, done=2)
+    part("a note", units=2)
+    part(units=2)
+    assert told == ["attack 2/3", "attack 3/3"]

@@ -268,3 +268,17 @@ def test_all_sources_of_difference_are_named_in_a_fixed_order() -> None:
     known = [*HYBRIDS, EVERYTHING]
     assert names == [name for name in known if name in names]
     assert all(math.isfinite(row.logit_error) for row in result.attribution)
+
+
+def test_rounding_to_the_nearest_takes_each_weight_by_itself() -> None:
+    network, images = spiking_network("conv", seed=1), random_images((1, 8, 8), 16, 3)
+    nearest, compensated = (quantize(network, images, 3, {}, rounding) for rounding in ("nearest", "compensated"))
+    low, high = target_format(3).mantissas
+    for real, choice in zip(fold(network), nearest.choices, strict=True):
+        for synapse in real.synapses:
+            step = 2 ** choice.exponents[synapse.source]
+            expected = np.clip(np.rint(synapse.weight * choice.scale / step), low, high) * step
+            (found,) = (s for s in nearest.network.incoming(real.name) if s.source == synapse.source)
+            assert np.array_equal(found.weight[:, : expected.shape[1]], expected)
+    pairs = zip(nearest.network.synapses, compensated.network.synapses, strict=True)
+    assert any(not np.array_equal(one.weight, other.weight) for one, other in pairs)

@@ -168,8 +168,8 @@ def test_the_score_passes_if_all_is_caught_and_at_most_one_in_twenty_is_a_false_
 
 def test_the_score_is_told_with_its_interval() -> None:
     score = conclude([bug_row(), bug_row(False)], [build_row()], checks(20, INCONCLUSIVE=1), SETTINGS)
-    assert score_table(score).rows[0] == ("n", "file", "neurons1", "TRACE_MISMATCH", "neurons1", "caught")
-    assert score_table(score).rows[1][3:] == ("OK", "–", "MISSED")
+    assert score_table(score).rows[0] == ("n", "neurons1", "TRACE_MISMATCH", "neurons1", "caught")
+    assert score_table(score).rows[1][2:] == ("OK", "–", "MISSED")
     assert build_table(score).rows == [("b", "MASKED_GRADIENTS", "refused")]
     assert conclusion(score).startswith("1 of 2 planted errors caught")
     line = false_alarm_line(score).replace("\N{NO-BREAK SPACE}", " ").replace("\N{NARROW NO-BREAK SPACE}", " ")
