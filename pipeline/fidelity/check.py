@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hardware.bounds import prove
 from hardware.emulator import run_emulator
@@ -127,9 +130,7 @@ def run_check(
     reference = float_reference(bundle) if against is None else earlier_build(bundle, against)
     both = {"float": reference.target, "integer": IntegerTarget(bundle.network)}
     targets: dict[str, GradientTarget] = {**both}
-    further: dict[str, FloatTarget | IntegerTarget] = {}
-    if settings.transfer_bits and circumstances.calibration is not None:
-        further = {**at_bits(load_float(bundle.path), circumstances.calibration, settings.transfer_bits)}
+    further = _further_networks(bundle, settings, circumstances.calibration)
     known = bundle.counterexamples if corpus is None else corpus
     replayed = behaviour_of(targets, known.codes, known.labels)
     timings["replay"] = time.perf_counter() - clock
@@ -147,7 +148,8 @@ def run_check(
         matrix = None
         if further:
             everyone = {**targets, **further}
-            matrix = transfer_row(everyone, crafted, images, settings, folder, identity, workers)
+            calibrated = hashlib.sha256(np.ascontiguousarray(circumstances.calibration).data).hexdigest()
+            matrix = transfer_row(everyone, crafted, images, settings, folder, identity + calibrated, workers)
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -217,6 +219,19 @@ def run_check(
     if reference.network is not None:
         items = with_spikes(items, reference.network, bundle.network)
     return CheckResult(report, items, merge([known, found]))
+
+
+def _further_networks(
+    bundle: Bundle, settings: FidelityConfig, calibration: Codes | None
+) -> dict[str, FloatTarget | IntegerTarget]:
+    """Integer networks for the table of who is fooled by whose images."""
+    if not settings.transfer_bits:
+        return {}
+    if calibration is None:
+        raise SpikeguardError(
+            "fidelity.transfer_bits needs training images to quantise on; leave it empty, or give them"
+        )
+    return {**at_bits(load_float(bundle.path), calibration, settings.transfer_bits)}
 
 
 def _require_pixels(bundle: Bundle) -> None:

@@ -42,7 +42,7 @@ NOTES: Mapping[str, str] = {
     "float SNN": "the reference of this check",
     "float64": "the same network, its batch norm folded, in float64",
     "thresholds": "become integers",
-    "weights": "become integers; a bias that makes up for their mean error counts here",
+    "weights": "become the integers, whatever those learned; a bias that makes up for their mean error counts here",
     "bias": "becomes integers",
     "input codes": "the constant part of the normalisation goes through channels of pixel codes",
     "decay": "becomes shares of 4096",
