@@ -52,6 +52,8 @@ FACTS = """(() => {
   }
   for (const heading of all('th')) need(heading.scope, `a table heading has no scope: ${heading.textContent}`);
   for (const table of all('main table.stack')) need(table.caption, 'a table has no caption');
+  for (const box of all('.scroll')) need(box.scrollWidth <= box.clientWidth + 1,
+    `a table is cut off: ${box.querySelector('caption').textContent}`);
   for (const section of all('section')) need(
     document.getElementById(section.getAttribute('aria-labelledby')), 'a section has no name');
   for (const landmark of ['main', 'nav', 'header', 'footer']) need(

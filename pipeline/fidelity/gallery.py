@@ -61,7 +61,7 @@ def choose_items(images: Images, crafted: Mapping[str, Crafted], targets: Mappin
     """Some images that fooled their target, the attacks in turn, no image twice."""
     items: list[GalleryItem] = []
     taken: set[int] = set()
-    queues = {name: list(np.flatnonzero(made.fooled)) for name, made in crafted.items()}
+    queues = {name: list(np.flatnonzero(made.fooled & _changed(images, made))) for name, made in crafted.items()}
     while any(queues.values()) and len(items) < GALLERY_ITEMS:
         for name, queue in queues.items():
             while queue and int(queue[0]) in taken:
@@ -83,6 +83,12 @@ def choose_items(images: Images, crafted: Mapping[str, Crafted], targets: Mappin
                     )
                 )
     return items
+
+
+def _changed(images: Images, made: Crafted) -> NDArray[np.bool_]:
+    """Images that are not as they were: one that is wrong without help shows nothing of an attack."""
+    changed: NDArray[np.bool_] = (made.codes != images.codes).reshape(len(images.labels), -1).any(1)
+    return changed
 
 
 def with_spikes(items: list[GalleryItem], network: SpikingNetwork, integers: IntegerNetwork) -> list[GalleryItem]:

@@ -97,7 +97,9 @@ def waterfall_row(
     populations = fold(network)
     counted = [attack.name for attack in attacks if attack.in_worst_case]
     samples = min(len(images.labels), _affordable(populations, network.steps, len(counted)))
-    shown = [images.codes[:samples], *(crafted[name].codes[:samples] for name in counted)]
+    # The most harmful ones first: what is wrong already is not looked at again.
+    order = sorted(counted, key=lambda name: int((contestants.reference[name] & contestants.deployed[name]).sum()))
+    shown = [*(crafted[name].codes[:samples] for name in order), images.codes[:samples]]
     labels = images.labels[:samples]
 
     def right(classify: Classify) -> int:
