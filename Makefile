@@ -7,7 +7,7 @@
 #   SPIKEGUARD_TORCH      auto (default: CUDA where nvidia-smi lists a GPU), cpu or cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint check-full check-containers bench clean
+.PHONY: help demo test setup lint check-full check-containers check-page bench clean
 
 BIN := .venv/bin
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 $$HOME/.pyenv/versions/3.1[1-9].*/bin/python3 \
@@ -41,10 +41,11 @@ setup: ## Make the environments .venv and .venv-lava, or bring them up to date
 	echo "No Python 3.11 or newer that runs and can make environments (venv, ensurepip); tried $$*." >&2; \
 	echo 'Install one, or name it: make PYTHON=/path/to/python3' >&2; exit 2
 
-check-full: ## The tests, the demo, its bundle in a fresh environment, the check's own score, and the measurements
+check-full: ## The tests, the demo, its bundle in a fresh environment, its report in a browser, the check's own score, measurements
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory demo
 	@$(BIN)/python -m tests.fresh_verify runs/demo/bundle
+	@$(MAKE) --no-print-directory check-page
 	@$(BIN)/spikeguard selftest
 	@$(MAKE) --no-print-directory bench
 
@@ -52,6 +53,9 @@ check-containers: setup ## Build the container images and exercise them, on the 
 	@[ -d runs/demo/bundle ] || $(BIN)/spikeguard demo
 	@PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m tests.check_containers runs/demo/bundle \
 	  --engine "$(or $(ENGINE),docker)" --build "$(or $(BUILD),docker build -t)"
+
+check-page: setup ## The report page in Chromium, light, dark, on a phone and printed; left out where there is none
+	@$(BIN)/python -m tests.check_page $(wildcard runs/demo/report.html)
 
 bench: setup ## The measurements of tests/benchmarks
 	@set -e; for script in tests/benchmarks/bench_*.py; do \

@@ -96,10 +96,7 @@ def relative_error(found: Float64Array, expected: Float64Array) -> float:
 
 def scaled_population(real: RealPopulation, integer: RoundedPopulation) -> RealPopulation:
     """A population in weight units, nothing rounded."""
-    scale = integer.population.scale
-    synapses = tuple(synapse.scaled(np.array([scale])) for synapse in real.synapses)
-    threshold = None if real.threshold is None else real.threshold * scale
-    return replace(real, synapses=synapses, bias=real.bias * scale, threshold=threshold)
+    return real.scaled(integer.population.scale)
 
 
 def _nothing(_real: RealPopulation, _integer: RoundedPopulation) -> RealPopulation | None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hardware.errors import RuleViolations, SpikeguardError
 from pipeline.bundle_tables import arm_table, attribution_table, conformance_table, mismatch_table, population_table
+from pipeline.fidelity.tables import fidelity_tables
 from pipeline.fidelity.wording import ATTRIBUTION_NOTE, corpus_line, looks_line
 from pipeline.interruption import listen
 from pipeline.target_tables import VIOLATION_COLUMNS, violation_rows
@@ -48,18 +49,21 @@ DataFolder = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="DIR", help="folder of the data set's standard files, or one that holds it"),
 ]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="processes that share the attacks; results stay the same")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="of torch; more than free cores is far slower")]
 
 
 @app.command()
-def demo(folder: RunFolder = None, overrides: Overrides = None, resume: Reuse = True, threads: Threads = 1) -> None:
+def demo(
+    folder: RunFolder = None, overrides: Overrides = None, resume: Reuse = True, jobs: Jobs = 1, threads: Threads = 1
+) -> None:
     """Run everything on the handwritten digits that ship with scikit-learn, on all runtimes there are."""
     from pipeline.run import without_lava
 
     config, missing = without_lava(_config("digits", overrides))
     for row in missing:
         errors.print(f"[yellow]{row['name']} will not be certified:[/yellow] {escape(row['reason'])}", highlight=False)
-    _run(config, folder or Path("runs/demo"), resume, threads, missing)
+    _run(config, folder or Path("runs/demo"), resume, jobs, threads, missing)
 
 
 @app.command()
@@ -69,6 +73,7 @@ def run(
     folder: RunFolder = None,
     data_dir: DataFolder = None,
     resume: Reuse = True,
+    jobs: Jobs = 1,
     threads: Threads = 1,
 ) -> None:
     """Train, convert, fine-tune, quantise, export and check what a configuration says."""
@@ -77,7 +82,7 @@ def run(
     parsed = _config(config, [*(overrides or []), *_folder_override(data_dir)])
     _require_data_folder(parsed)
     require_runtimes(parsed)
-    _run(parsed, folder or Path("runs") / Path(config).stem, resume, threads, [])
+    _run(parsed, folder or Path("runs") / Path(config).stem, resume, jobs, threads, [])
 
 
 @app.command()
@@ -188,6 +193,7 @@ def fidelity(
         Path | None, typer.Option(metavar="DIR", help="write a new bundle that holds the grown counterexamples")
     ] = None,
     data_dir: DataFolder = None,
+    jobs: Jobs = 1,
     threads: Threads = 1,
 ) -> None:
     """Attack the trained and the deployed model alike, and conclude: exit code 0 pass, 3 fail, 4 undecided."""
@@ -198,6 +204,7 @@ def fidelity(
     from pipeline.fidelity.check import Circumstances, run_check
     from pipeline.fidelity.crafting import Images
     from pipeline.run import Run, collected_corpus, require_runtimes, require_same_test_split, write_report
+    from pipeline.stages import quantization_images
 
     bundle, earlier = open_bundle(path), None if against is None else open_bundle(against)
     config = _config_of(bundle, [*(overrides or []), *_runtime_override(runtimes), *_folder_override(data_dir)])
@@ -209,7 +216,8 @@ def fidelity(
     for one in bundles:
         require_same_test_split(one, splits.test)
     images = Images(splits.test.codes, splits.test.labels, config.seed)
-    circumstances = Circumstances(data=splits.name, reproduce=_command())
+    calibration = quantization_images(splits.train, config.seed)
+    circumstances = Circumstances(data=splits.name, reproduce=_command(), calibration=calibration, jobs=jobs)
     result = run_check(
         bundle,
         images,
@@ -482,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(getattr(error, "exit_code", USAGE))
 
 
-def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list[dict[str, str]]) -> None:
+def _run(config: Config, folder: Path, resume: bool, jobs: int, threads: int, missing: list[dict[str, str]]) -> None:
     from pipeline.run import Run, check_run, require_deployable, sole_user
 
     _use_threads(threads)
@@ -490,7 +498,7 @@ def _run(config: Config, folder: Path, resume: bool, threads: int, missing: list
         work = Run(config, folder, _command())
         require_deployable(work)
         timings = work.ensure(fresh=not resume)
-        result = check_run(work, timings, missing)
+        result = check_run(work, timings, missing, jobs)
     _conclude(result, folder)
 
 
@@ -595,6 +603,8 @@ def _conclude(result: CheckResult, folder: Path) -> None:
         out.print(f"[dim]{escape(ATTRIBUTION_NOTE)}[/dim]", highlight=False)
     title = f"{report['samples']} images, epsilon {report['epsilon'][0]:g}"
     out.print(_table(*arm_table(title, report["arms"], report["reference"]["word"])))
+    for table in fidelity_tables(report):
+        out.print(_table(*table))
     colour = {"pass": "green", "fail": "red"}.get(report["verdict"], "yellow")
     out.print(
         f"[bold {colour}]{report['verdict'].upper()}[/bold {colour}] {escape(report['summary'])}", highlight=False
@@ -604,7 +614,8 @@ def _conclude(result: CheckResult, folder: Path) -> None:
     out.print(escape(corpus_line(report["corpus"])), highlight=False)
     for row in report["missing_runtimes"]:
         out.print(f"[yellow]not certified on {row['name']}[/yellow]")
-    out.print(escape(f"report: {folder / 'report.html'}, {folder / 'report.json'}"), soft_wrap=True)
+    files = ", ".join(str(folder / name) for name in ("report.html", "report.json", "report.md"))
+    out.print(escape(f"report: {files}"), soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 

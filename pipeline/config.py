@@ -178,6 +178,19 @@ class FidelityConfig(_Section):
     certify: Count = Field(default=32, description="clean and as many adversarial images on Lava and netx")
     runtimes: tuple[RuntimeName, ...] = CERTIFIABLE
     baseline: bool = Field(default=True, description="show a naturally trained network beside the robust one")
+    curve: tuple[Annotated[float, Field(ge=1 / 255, le=1)], ...] = Field(
+        default=(0.02, 0.05, 0.2), description="further budgets, at which a light attack draws the robustness curve"
+    )
+    transfer_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field(
+        default=(), description="further integer networks in a table of who is fooled by whose images; takes long"
+    )
+
+    @field_validator("curve", "transfer_bits")
+    @classmethod
+    def _no_number_twice(cls, numbers: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("each number once")
+        return numbers
 
     @field_validator("runtimes")
     @classmethod

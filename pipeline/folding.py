@@ -81,6 +81,12 @@ class RealPopulation:
         """Whether any state decays or current carries over; a readout that does answers with its last membrane."""
         return self.beta != 1 or self.alpha != 0
 
+    def scaled(self, factor: float) -> RealPopulation:
+        """All its numbers multiplied, which changes nothing it does."""
+        synapses = tuple(synapse.scaled(np.array([factor])) for synapse in self.synapses)
+        threshold = None if self.threshold is None else self.threshold * factor
+        return replace(self, synapses=synapses, bias=self.bias * factor, threshold=threshold)
+
 
 @dataclass(frozen=True)
 class _Spikes:

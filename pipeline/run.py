@@ -25,14 +25,16 @@ from pipeline.data.loading import load_splits
 from pipeline.fidelity.baseline import compare_with_natural
 from pipeline.fidelity.check import CheckResult, Circumstances, run_check
 from pipeline.fidelity.crafting import Images
+from pipeline.fidelity.markdown import summarize
 from pipeline.fidelity.page import render_report
-from pipeline.models.float_file import float_files, load_float
+from pipeline.fidelity.waterfall import EarlierNetworks
+from pipeline.models.float_file import float_files, holds_spiking, load_float, load_rate
 from pipeline.models.graph import LayerGraph
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
 from pipeline.rescaling import require_rescalable
 from pipeline.source import source_digest
-from pipeline.stages import STAGES, Stage, start_network
+from pipeline.stages import STAGES, Stage, quantization_images, start_network
 from pipeline.training import Records
 
 LAVA_RUNTIMES = ("lava", "netx")
@@ -238,8 +240,8 @@ def without_lava(config: Config) -> tuple[Config, list[dict[str, str]]]:
         return reduced, [{"name": name, "reason": str(error)} for name in wanted]
 
 
-def check_run(run: Run, timings: Mapping[str, float], missing: list[dict[str, str]]) -> CheckResult:
-    """The fidelity check of a run's bundle; writes report.json and report.html beside it."""
+def check_run(run: Run, timings: Mapping[str, float], missing: list[dict[str, str]], jobs: int = 1) -> CheckResult:
+    """The fidelity check of a run's bundle; writes report.json and its other forms beside it."""
     test = run.data.test
     images = Images(test.codes, test.labels, run.config.seed)
     circumstances = Circumstances(
@@ -249,6 +251,9 @@ def check_run(run: Run, timings: Mapping[str, float], missing: list[dict[str, st
         quantization=read_json(run.result("quantize") / "scales.json"),
         timings=timings,
         reproduce=run.reproduce,
+        earlier=_earlier_networks(run),
+        calibration=quantization_images(run.data.train, run.config.seed),
+        jobs=jobs,
     )
     bundle = open_bundle(run.result("export"))
     corpus = collected_corpus([bundle], run.folder)
@@ -269,10 +274,18 @@ def collected_corpus(bundles: Sequence[Bundle], folder: Path) -> Counterexamples
 
 
 def write_report(result: CheckResult, folder: Path) -> None:
-    """Write report.json, the page made of it, and the grown corpus of counterexamples."""
+    """Write report.json, the page made of it, its summary for a pull request, and the grown corpus."""
     save_counterexamples(folder / COUNTEREXAMPLES_FILE, result.counterexamples)
     write_json(folder / "report.json", result.report)
+    write_bytes(folder / "report.md", summarize(result.report).encode())
     write_bytes(folder / "report.html", render_report(result.report, result.gallery).encode())
+
+
+def _earlier_networks(run: Run) -> EarlierNetworks | None:
+    trained = run.result("train")
+    if holds_spiking(trained):
+        return None
+    return EarlierNetworks(load_rate(trained), load_float(run.result("convert")))
 
 
 def _baseline(run: Run, images: Images) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _run(
 def current(population: RealPopulation, activity: Mapping[str, Tensor]) -> Tensor:
     """What enters a population ``(steps or 1, samples, *shape)``, given what its sources did in that form."""
     bias = torch.from_numpy(population.bias)
-    total = bias.reshape(-1, *([1] * (len(population.shape) - 1)))[None, None]
+    total = bias.reshape(*bias.shape, *([1] * (len(population.shape) - bias.ndim)))[None, None]
     for synapse in population.synapses:
         source = activity[synapse.source]
         entering = _propagate(synapse, source.flatten(0, 1))

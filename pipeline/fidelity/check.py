@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -19,22 +20,28 @@ from hardware.errors import SpikeguardError
 from hardware.formats.bundle import Bundle
 from hardware.formats.counterexamples import Counterexamples, merge
 from pipeline.attacks.search import Crafted
-from pipeline.attacks.targets import GradientTarget, IntegerTarget, Target, budget_of
+from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget, budget_of
 from pipeline.config import FidelityConfig
 from pipeline.fidelity.arms import overall
 from pipeline.fidelity.attribution import attribution_rows
 from pipeline.fidelity.certification import NO_OTHERS, Open, certify, is_certified
 from pipeline.fidelity.corpus import as_crafted, behaviour_of, gather, replay_row
-from pipeline.fidelity.crafting import Images, craft_all
+from pipeline.fidelity.crafting import Images
+from pipeline.fidelity.curve import curve_rows
+from pipeline.fidelity.gallery import GalleryItem, choose_items, with_spikes
 from pipeline.fidelity.health import examine, health_row
 from pipeline.fidelity.looks import look_until_decided
-from pipeline.fidelity.page import SCHEMA, GalleryItem
+from pipeline.fidelity.page import SCHEMA
 from pipeline.fidelity.references import earlier_build, float_reference, identity_of
 from pipeline.fidelity.resources import energy_row, placement_row
+from pipeline.fidelity.shards import craft_all
+from pipeline.fidelity.transfer import at_bits, transfer_row
+from pipeline.fidelity.waterfall import Contestants, EarlierNetworks, mean_activity, waterfall_row
 from pipeline.fidelity.wording import divergence, percent
+from pipeline.fidelity.workers import sharing
+from pipeline.models.float_file import load_float
 from pipeline.models.graph import PIXEL_LEVELS
 
-GALLERY_ITEMS = 8
 SOFTWARE = ("spikeguard", "torch", "snntorch", "numpy", "numba", "nir", "onnx", "onnxruntime", "scikit-learn")
 EXIT_CODES: Mapping[str, int] = {
     "OK": 0,
@@ -60,6 +67,9 @@ class Circumstances:
         quantization: how the scales were chosen.
         timings: seconds by stage before the check.
         reproduce: the shell command that gives this report.
+        earlier: the networks before the float SNN, where they are known.
+        calibration: training images, for further integer networks; without, there are none.
+        jobs: processes that share the attacks.
     """
 
     data: str
@@ -68,6 +78,9 @@ class Circumstances:
     quantization: Sequence[Mapping[str, Any]] = ()
     timings: Mapping[str, float] | None = None
     reproduce: str = ""
+    earlier: EarlierNetworks | None = None
+    calibration: Codes | None = None
+    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,18 +128,28 @@ def run_check(
     timings = dict(circumstances.timings or {})
     clock = time.perf_counter()
     reference = float_reference(bundle) if against is None else earlier_build(bundle, against)
-    targets: dict[str, GradientTarget] = {"float": reference.target, "integer": IntegerTarget(bundle.network)}
+    both = {"float": reference.target, "integer": IntegerTarget(bundle.network)}
+    targets: dict[str, GradientTarget] = {**both}
+    further = _further_networks(bundle, settings, circumstances.calibration)
     known = bundle.counterexamples if corpus is None else corpus
     replayed = behaviour_of(targets, known.codes, known.labels)
     timings["replay"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
+    identity = identity_of(bundle) + reference.identity
+    with sharing(circumstances.jobs, {**both, **further}) as workers:
 
-    def craft(part: Images) -> dict[str, Crafted]:
-        return craft_all(targets, part, settings, folder, identity_of(bundle) + reference.identity)
+        def craft(part: Images) -> dict[str, Crafted]:
+            return craft_all(targets, part, settings, folder, identity, workers=workers)
 
-    look = look_until_decided(targets, images, settings, craft, reference.name)
-    images, crafted, arms = look.images, look.crafted, look.arms
+        look = look_until_decided(targets, images, settings, craft, reference.name)
+        images, crafted, arms = look.images, look.crafted, look.arms
+        curve = curve_rows(targets, look.hits, images, settings, folder, identity, workers)
+        matrix = None
+        if further:
+            everyone = {**targets, **further}
+            calibrated = hashlib.sha256(np.ascontiguousarray(circumstances.calibration).data).hexdigest()
+            matrix = transfer_row(everyone, crafted, images, settings, folder, identity + calibrated, workers)
     timings["attacks"] = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -142,6 +165,19 @@ def run_check(
     verdict, outcome, summary = conclude(arms, runtimes, health, settings, reference.word)
     sample = images.codes[: max(settings.certify, 100)]
     trace = run_emulator(bundle.network, sample, record="traces")
+    clock = time.perf_counter()
+    waterfall = None
+    if reference.network is not None:
+        waterfall = waterfall_row(
+            reference.network,
+            bundle.network,
+            images,
+            crafted,
+            Contestants(look.hits["float"], look.hits["integer"], circumstances.earlier),
+            mean_activity(reference.network, bundle.network, sample),
+            runtimes,
+        )
+    timings["waterfall"] = time.perf_counter() - clock
     bits = sorted({synapse.bits for synapse in bundle.network.synapses})
     report = {
         "schema": SCHEMA,
@@ -163,6 +199,9 @@ def run_check(
         "reference": reference.row,
         "arms": arms,
         "runtimes": runtimes,
+        "curve": curve,
+        "transfer_matrix": matrix,
+        "waterfall": waterfall,
         "corpus": replay_row(known, replayed, len(found)),
         "layers": reference.compare(sample, trace),
         "attribution": attribution,
@@ -176,7 +215,23 @@ def run_check(
         "versions": versions(),
         "reproduce": circumstances.reproduce,
     }
-    return CheckResult(report, _gallery(images, crafted, targets), merge([known, found]))
+    items = choose_items(images, crafted, targets)
+    if reference.network is not None:
+        items = with_spikes(items, reference.network, bundle.network)
+    return CheckResult(report, items, merge([known, found]))
+
+
+def _further_networks(
+    bundle: Bundle, settings: FidelityConfig, calibration: Codes | None
+) -> dict[str, FloatTarget | IntegerTarget]:
+    """Integer networks for the table of who is fooled by whose images."""
+    if not settings.transfer_bits:
+        return {}
+    if calibration is None:
+        raise SpikeguardError(
+            "fidelity.transfer_bits needs training images to quantise on; leave it empty, or give them"
+        )
+    return {**at_bits(load_float(bundle.path), calibration, settings.transfer_bits)}
 
 
 def _require_pixels(bundle: Bundle) -> None:
@@ -239,34 +294,6 @@ def _mismatch(row: Mapping[str, Any]) -> str:
     """What is wrong with a runtime, and where it first shows among the images that it was certified on."""
     where = "" if row["first_mismatch"] is None else f", first in {divergence(row['first_mismatch'])}"
     return f"{row['name']} does not compute what the integer network means{where}"
-
-
-def _gallery(images: Images, crafted: Mapping[str, Crafted], targets: Mapping[str, Target]) -> list[GalleryItem]:
-    """Some images that fooled their target, the attacks in turn, no image twice."""
-    items: list[GalleryItem] = []
-    taken: set[int] = set()
-    queues = {name: list(np.flatnonzero(made.fooled)) for name, made in crafted.items()}
-    while any(queues.values()) and len(items) < GALLERY_ITEMS:
-        for name, queue in queues.items():
-            while queue and int(queue[0]) in taken:
-                queue.pop(0)
-            if queue and len(items) < GALLERY_ITEMS:
-                index = int(queue.pop(0))
-                taken.add(index)
-                pair = np.stack([images.codes[index], crafted[name].codes[index]])
-                answers = {model: target.logits(pair).argmax(1) for model, target in targets.items()}
-                items.append(
-                    GalleryItem(
-                        index,
-                        int(images.labels[index]),
-                        name,
-                        pair[0],
-                        pair[1],
-                        (int(answers["float"][0]), int(answers["float"][1])),
-                        (int(answers["integer"][0]), int(answers["integer"][1])),
-                    )
-                )
-    return items
 
 
 def versions() -> dict[str, str]:

@@ -1,27 +1,22 @@
-"""The adversarial images of a check: every attack on every target, each kept in a file so that a kill loses none."""
+"""The adversarial images of a check: what each attack of its table makes of each target."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hardware.errors import SpikeguardError
-from hardware.files import read_arrays, write_arrays
 from pipeline.attacks.backward import Adaptive
 from pipeline.attacks.black_box import random_noise, square
 from pipeline.attacks.disagreement import disagree
-from pipeline.attacks.ensemble import PRESETS, run_ensemble
+from pipeline.attacks.ensemble import PRESETS, AnyMember, run_ensemble
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, GradientTarget, Labels, budget_of, correct
 from pipeline.config import FidelityConfig
-from pipeline.progress import track
-from pipeline.source import source_digest
 
 Targets = Mapping[str, GradientTarget]
 
@@ -56,6 +51,7 @@ class Work:
     Attributes:
         targets: models by name.
         store: file for its half-finished state.
+        own_members: of an ensemble, in place of the configured ones.
     """
 
     targets: Targets
@@ -63,11 +59,17 @@ class Work:
     settings: FidelityConfig
     advance: Callable[..., None]
     store: Path
+    own_members: tuple[AnyMember, ...] = ()
 
     @property
     def budget(self) -> int:
         """In codes."""
         return budget_of(self.settings.epsilon)
+
+    @property
+    def members(self) -> tuple[AnyMember, ...]:
+        """Of the ensemble."""
+        return self.own_members or tuple(PRESETS[self.settings.attacks])
 
 
 Craft = Callable[[Work], Crafted]
@@ -81,72 +83,60 @@ def craft_noise(work: Work) -> Crafted:
     return Crafted(noisy, np.zeros(len(noisy), bool), np.full(len(noisy), -np.inf), None, 0)
 
 
-def craft_ensemble(target: str) -> Craft:
-    """The configured ensemble on one model."""
-
-    def craft(work: Work) -> Crafted:
-        images = work.images
-        result = run_ensemble(
-            work.targets[target],
-            PRESETS[work.settings.attacks],
-            images.codes,
-            images.labels,
-            images.indices,
-            budget=work.budget,
-            seed=images.seed,
-            advance=work.advance,
-            store=work.store,
-        )
-        return result.crafted
-
-    return craft
+def craft_ensemble(work: Work, target: str) -> Crafted:
+    """An ensemble on one model."""
+    images = work.images
+    result = run_ensemble(
+        work.targets[target],
+        work.members,
+        images.codes,
+        images.labels,
+        images.indices,
+        budget=work.budget,
+        seed=images.seed,
+        advance=work.advance,
+        store=work.store,
+    )
+    return result.crafted
 
 
-def craft_square(target: str) -> Craft:
+def craft_square(work: Work, target: str) -> Crafted:
     """Square, which only asks, on the images one model gets right."""
-
-    def craft(work: Work) -> Crafted:
-        images, model = work.images, work.targets[target]
-        result, fooled = images.codes.copy(), ~correct(model, images.codes, images.labels)
-        strength = np.full(len(fooled), -np.inf)
-        alive = np.flatnonzero(~fooled)
-        found = square(
-            model,
-            images.codes[alive],
-            images.labels[alive],
-            images.indices[alive],
-            budget=work.budget,
-            queries=work.settings.square_queries,
-            seed=images.seed,
-            advance=work.advance,
-        )
-        work.advance(f"{int((~found.fooled).sum())} left", units=len(images.labels))
-        result[alive], fooled[alive], strength[alive] = found.codes, found.fooled, found.strength
-        return Crafted(result, fooled, strength, None, found.gradients)
-
-    return craft
+    images, model = work.images, work.targets[target]
+    result, fooled = images.codes.copy(), ~correct(model, images.codes, images.labels)
+    strength = np.full(len(fooled), -np.inf)
+    alive = np.flatnonzero(~fooled)
+    found = square(
+        model,
+        images.codes[alive],
+        images.labels[alive],
+        images.indices[alive],
+        budget=work.budget,
+        queries=work.settings.square_queries,
+        seed=images.seed,
+        advance=work.advance,
+    )
+    work.advance(f"{int((~found.fooled).sum())} left", units=len(images.labels))
+    result[alive], fooled[alive], strength[alive] = found.codes, found.fooled, found.strength
+    return Crafted(result, fooled, strength, None, found.gradients)
 
 
-def craft_disagreement(right: str, wrong: str) -> Craft:
+def craft_disagreement(work: Work, right: str, wrong: str) -> Crafted:
     """Images that one model gets right and the other wrong."""
-
-    def craft(work: Work) -> Crafted:
-        images = work.images
-        return disagree(
-            work.targets[right],
-            work.targets[wrong],
-            images.codes,
-            images.labels,
-            images.indices,
-            backward=Adaptive(),
-            walk="APGD",
-            steps=DISAGREEMENT_STEPS,
-            budget=work.budget,
-            seed=images.seed,
-            advance=work.advance,
-        )
-
-    return craft
+    images = work.images
+    return disagree(
+        work.targets[right],
+        work.targets[wrong],
+        images.codes,
+        images.labels,
+        images.indices,
+        backward=Adaptive(),
+        walk="APGD",
+        steps=DISAGREEMENT_STEPS,
+        budget=work.budget,
+        seed=images.seed,
+        advance=work.advance,
+    )
 
 
 @dataclass(frozen=True)
@@ -158,9 +148,10 @@ class Attack:
         targets: names of the models it asks.
         label: what it is, with ``{settings}`` to fill in.
         description: one line for the report.
-        craft: makes the images.
-        is_ensemble: whether the configured ensemble makes them, member after member.
+        craft: makes the images; of this module, so that other processes find it.
+        is_ensemble: whether an ensemble makes them, member after member.
         in_worst_case: whether its images count in the worst case; not if it favours one model.
+        own_members: of the ensemble, in place of the configured ones.
     """
 
     name: str
@@ -170,10 +161,26 @@ class Attack:
     craft: Craft
     is_ensemble: bool = False
     in_worst_case: bool = True
+    own_members: tuple[AnyMember, ...] = ()
+
+    def members(self, settings: FidelityConfig) -> tuple[AnyMember, ...]:
+        """Of the ensemble; none if it is not one."""
+        return (self.own_members or tuple(PRESETS[settings.attacks])) if self.is_ensemble else ()
 
     def work_units(self, samples: int, settings: FidelityConfig) -> int:
         """Units of progress."""
-        return samples * (len(PRESETS[settings.attacks]) if self.is_ensemble else 1)
+        return samples * max(1, len(self.members(settings)))
+
+    def run(
+        self,
+        targets: Targets,
+        images: Images,
+        settings: FidelityConfig,
+        store: Path,
+        advance: Callable[..., None] = lambda *_, **__: None,
+    ) -> Crafted:
+        """Make the images."""
+        return self.craft(Work(targets, images, settings, advance, store, self.own_members))
 
 
 DISAGREEMENT_STEPS = 40
@@ -184,7 +191,7 @@ ATTACKS: tuple[Attack, ...] = (
         ("float",),
         "{attacks} ensemble on {reference}",
         "crafted on the reference, replayed on the deployed model",
-        craft_ensemble("float"),
+        partial(craft_ensemble, target="float"),
         is_ensemble=True,
     ),
     Attack(
@@ -192,7 +199,7 @@ ATTACKS: tuple[Attack, ...] = (
         ("integer",),
         "{attacks} ensemble through the twin",
         "crafted on the deployed integer model through its differentiable twin",
-        craft_ensemble("integer"),
+        partial(craft_ensemble, target="integer"),
         is_ensemble=True,
     ),
     Attack(
@@ -200,21 +207,21 @@ ATTACKS: tuple[Attack, ...] = (
         ("float",),
         "Square {square_queries} on {reference}",
         "no gradients, queries to the reference",
-        craft_square("float"),
+        partial(craft_square, target="float"),
     ),
     Attack(
         "black box",
         ("integer",),
         "Square {square_queries} on the integer model",
         "no gradients, queries to the certified emulator",
-        craft_square("integer"),
+        partial(craft_square, target="integer"),
     ),
     Attack(
         "only deployed wrong",
         ("float", "integer"),
         "disagreement",
         "sought so that the reference stays right; outside the worst case, for it favours one model",
-        craft_disagreement("float", "integer"),
+        partial(craft_disagreement, right="float", wrong="integer"),
         in_worst_case=False,
     ),
     Attack(
@@ -222,92 +229,7 @@ ATTACKS: tuple[Attack, ...] = (
         ("float", "integer"),
         "disagreement",
         "sought so that the deployed model stays right; outside the worst case, for it favours one model",
-        craft_disagreement("integer", "float"),
+        partial(craft_disagreement, right="integer", wrong="float"),
         in_worst_case=False,
     ),
 )
-
-
-def craft_all(
-    targets: Mapping[str, GradientTarget],
-    images: Images,
-    settings: FidelityConfig,
-    folder: Path,
-    identity: str,
-    attacks: Sequence[Attack] = ATTACKS,
-) -> dict[str, Crafted]:
-    """Run every attack, or take its images from ``folder`` where the same work was finished before.
-
-    Args:
-        targets: models by name.
-        images: what is attacked.
-        settings: budgets and effort.
-        folder: for one file per attack, named by a hash of all that determines it.
-        identity: of the models; part of that hash.
-    """
-    crafted = {}
-    for attack in attacks:
-        key = _key(attack, images, settings, identity)
-        stem = attack.name.replace(", ", "-").replace(" ", "-")
-        path = folder / f"{stem}-{key}.npz"
-        if path.is_file():
-            crafted[attack.name] = load_crafted(path, images.codes, budget_of(settings.epsilon))
-            continue
-        half = path.with_suffix(".half.npz")
-        with track(attack.name, attack.work_units(len(images.labels), settings)) as advance:
-            crafted[attack.name] = attack.craft(Work(targets, images, settings, advance, half))
-        save_crafted(path, crafted[attack.name])
-        half.unlink(missing_ok=True)
-    return crafted
-
-
-def _key(attack: Attack, images: Images, settings: FidelityConfig, identity: str) -> str:
-    facts = {
-        "attack": [attack.name, attack.targets, attack.label],
-        "members": [repr(member) for member in PRESETS[settings.attacks]],
-        "effort": [settings.epsilon, settings.square_queries, images.seed, images.first],
-        "images": hashlib.sha256(images.codes.tobytes() + images.labels.tobytes()).hexdigest(),
-        "models": identity,
-        "code": source_digest(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def save_crafted(path: Path, crafted: Crafted) -> None:
-    """Keep what an attack made; ``zero_gradients`` is NaN where there were none to count."""
-    share = np.nan if crafted.zero_gradients is None else crafted.zero_gradients
-    write_arrays(
-        path,
-        {
-            "codes": crafted.codes,
-            "fooled": crafted.fooled,
-            "strength": crafted.strength,
-            "zero_gradients": np.array(share),
-            "gradients": np.array(crafted.gradients),
-        },
-    )
-
-
-def load_crafted(path: Path, clean: Codes, budget: int) -> Crafted:
-    """The inverse of :func:`save_crafted`, for images within ``budget`` of the clean ones.
-
-    Raises:
-        SpikeguardError: if the file holds something else.
-    """
-    arrays = read_arrays(path)
-    try:
-        share = float(arrays["zero_gradients"])
-        crafted = Crafted(
-            arrays["codes"],
-            arrays["fooled"],
-            arrays["strength"],
-            None if np.isnan(share) else share,
-            int(arrays["gradients"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise SpikeguardError(f"{path} holds no crafted images ({error}); delete it and run again") from error
-    if crafted.codes.shape != clean.shape or crafted.codes.dtype != np.uint8 or crafted.fooled.shape != clean.shape[:1]:
-        raise SpikeguardError(f"{path} holds images of {crafted.codes.shape}, expected {clean.shape}; delete it")
-    if np.abs(crafted.codes.astype(np.int16) - clean).max(initial=0) > budget:
-        raise SpikeguardError(f"{path} holds images beyond the budget of {budget} codes; delete it and run again")
-    return crafted

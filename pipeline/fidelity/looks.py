@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.attacks.search import Crafted, join
 from pipeline.attacks.targets import Target
 from pipeline.config import FidelityConfig
-from pipeline.fidelity.arms import arm_rows, hits_on, overall
+from pipeline.fidelity.arms import Hits, arm_rows, hits_on, overall
 from pipeline.fidelity.crafting import Images
 from pipeline.sequential import confidences, look_sizes
 
@@ -21,6 +21,7 @@ class Look:
     Attributes:
         images: the first of those it was given.
         crafted: what the attacks made of them.
+        hits: which of them each target gets right, as they are and by attack.
         arms: rows of the report; bounds are of the confidence that this look may use.
         row: ``sequential`` of ``report.json``: images at each planned look, the number of the look that decided, and
             the confidence of its bounds; None if one look was planned.
@@ -28,6 +29,7 @@ class Look:
 
     images: Images
     crafted: dict[str, Crafted]
+    hits: dict[str, dict[str, Hits]]
     arms: list[dict[str, Any]]
     row: dict[str, Any] | None
 
@@ -51,6 +53,7 @@ def look_until_decided(
     sizes = look_sizes(len(images.labels), settings.looks)
     levels, first, seen = confidences(sizes, settings.confidence), 0, images.part(0, 0)
     crafted: dict[str, Crafted] = {}
+    hits: dict[str, dict[str, Hits]] = {}
     for number, (size, level) in enumerate(zip(sizes, levels, strict=True), 1):
         made = craft(images.part(first, size))
         crafted = {name: join([crafted[name], new], new.codes) if crafted else new for name, new in made.items()}
@@ -61,4 +64,4 @@ def look_until_decided(
         row = {"planned": sizes, "looks": number, "confidence": level}
         if overall([arm["verdict"] for arm in arms if arm["deciding"]]) != "inconclusive":
             break
-    return Look(seen, crafted, arms, row if len(sizes) > 1 else None)
+    return Look(seen, crafted, hits, arms, row if len(sizes) > 1 else None)

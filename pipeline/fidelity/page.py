@@ -11,24 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from markupsafe import Markup
-from numpy.typing import NDArray
 
 from hardware.errors import RuleViolations, Violation
 from pipeline.fidelity import page_tables as tables
 from pipeline.fidelity import wording
+from pipeline.fidelity.gallery import GalleryItem
+from pipeline.fidelity.page_plots import draw_plots
 from pipeline.fidelity.page_tables import SIGNS, Table, make_table
-from pipeline.fidelity.plots import (
-    Bar,
-    BarRow,
-    DifferenceRow,
-    bar_plot,
-    difference_plot,
-    perturbation,
-    picture,
-    png_uri,
-)
+from pipeline.fidelity.plots import perturbation, picture, png_uri
+from pipeline.fidelity.rasters import NEURONS, raster_pair
 
 SCHEMA = "spikeguard.fidelity/1"
 REQUIRED = (
@@ -37,7 +28,8 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = (
     "summary", "created", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
-    "gradient_health", "placement", "energy", "timings", "versions", "reproduce",
+    "gradient_health", "placement", "energy", "timings", "versions", "reproduce", "curve", "transfer_matrix",
+    "waterfall",
     "reference", "corpus", "sequential",
 )  # fmt: skip
 OUTCOMES = {
@@ -54,41 +46,20 @@ OUTCOMES = {
 
 
 @dataclass(frozen=True)
-class GalleryItem:
-    """One image with its adversarial version, and what both models answer.
+class Card:
+    """A gallery item as the page shows it: data URIs of its pictures.
 
     Attributes:
-        sample: index in the test split.
-        label: the right class.
-        attack: which attack made the adversarial image.
-        clean: codes ``(channels, height, width)``.
-        adversarial: codes of the same shape.
-        reference_answers: classes the float SNN gives to the clean and to the adversarial image.
-        deployed_answers: the same of the integer network.
+        rasters: of the reference and of the deployed network; None without spikes.
+        differing: spikes by layer, in words.
     """
-
-    sample: int
-    label: int
-    attack: str
-    clean: NDArray[np.uint8]
-    adversarial: NDArray[np.uint8]
-    reference_answers: tuple[int, int]
-    deployed_answers: tuple[int, int]
-
-    @property
-    def largest_change(self) -> int:
-        """In pixel codes."""
-        return int(np.abs(self.adversarial.astype(np.int64) - self.clean).max())
-
-
-@dataclass(frozen=True)
-class Card:
-    """A gallery item as the page shows it: data URIs of its three pictures."""
 
     item: GalleryItem
     clean: str
     change: str
     adversarial: str
+    rasters: tuple[str, str] | None
+    differing: str
 
 
 def render_report(report: Mapping[str, Any], gallery: Sequence[GalleryItem]) -> str:
@@ -117,7 +88,8 @@ def render_report(report: Mapping[str, Any], gallery: Sequence[GalleryItem]) -> 
         explanation=OUTCOMES.get(report["outcome"], report["outcome"]),
         deciding=[arm for arm in report["arms"] if arm["deciding"]],
         tables=_tables(report),
-        plots=_plots(report),
+        plots=draw_plots(report),
+        raster_neurons=NEURONS,
         cards=[_card(item, full_scale) for item in gallery],
         full_scale=full_scale,
     )
@@ -144,6 +116,9 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Table | None]:
     sources: dict[str, tuple[str, Sequence[tables.Column], Sequence[tables.Row] | None]] = {
         "arms": ("Accuracy under attack, arm by arm, with 95 % intervals", tables.ARMS, report["arms"]),
         "runtimes": ("Runtimes against the reference arithmetic", tables.RUNTIMES, report["runtimes"]),
+        "curve": ("Accuracy over the budget", tables.CURVE, report.get("curve")),
+        "waterfall": ("Step by step", tables.WATERFALL, (report.get("waterfall") or {}).get("steps")),
+        "transfer": ("Accuracy on images crafted on each model", *tables.transfer_parts(report.get("transfer_matrix"))),
         "layers": ("Spikes of the float network and of the integer network", tables.LAYERS, report["layers"]),
         "attribution": ("What each kind of rounding changes", tables.ATTRIBUTION, report.get("attribution")),
         "quantization": ("Integer units per real unit, by layer", tables.QUANTIZATION, report.get("quantization")),
@@ -159,88 +134,13 @@ def _tables(report: Mapping[str, Any]) -> dict[str, Table | None]:
     }
 
 
-def _plots(report: Mapping[str, Any]) -> dict[str, Markup | None]:
-    """Every plot; None where the report has nothing to draw."""
-    arms, layers, baseline = report["arms"], report["layers"], report.get("baseline")
-    return {
-        "accuracies": _accuracies(arms) if arms else None,
-        "differences": _differences(arms, report["margin"]) if arms else None,
-        "layers": _layers(layers) if layers else None,
-        "baseline": _baseline(baseline) if baseline else None,
-    }
-
-
-def _percent_bar(colour: str, accuracy: float, interval: Sequence[float] | None) -> Bar:
-    ends = None if interval is None else (100 * interval[0], 100 * interval[1])
-    return Bar(colour, 100 * accuracy, wording.percent(accuracy), ends)
-
-
-def _accuracies(arms: Sequence[Mapping[str, Any]]) -> Markup:
-    rows = [
-        BarRow(
-            arm["name"],
-            tuple(
-                _percent_bar(model, arm[f"{model}_accuracy"], arm.get(f"{model}_interval"))
-                for model in ("reference", "deployed")
-            ),
-            arm["deciding"],
-        )
-        for arm in arms
-    ]
-    spoken = "; ".join(f"{row.label}: reference {row.bars[0].text}, deployed {row.bars[1].text}" for row in rows)
-    return bar_plot("accuracies", f"Accuracy of both models. {spoken}.", rows, 100)
-
-
-def _differences(arms: Sequence[Mapping[str, Any]], margin: float) -> Markup:
-    rows = [
-        DifferenceRow(
-            arm["name"],
-            arm["difference"],
-            arm["lower_bound"],
-            None if arm.get("interval") is None else (arm["interval"][0], arm["interval"][1]),
-            arm["deciding"],
-        )
-        for arm in arms
-    ]
-    spoken = "; ".join(
-        f"{row.label}: {wording.points(row.difference)}, lower bound {wording.points(row.lower_bound)}" for row in rows
-    )
-    limit = wording.points(-margin)
-    return difference_plot(
-        "differences", f"Deployed minus reference accuracy in points; the margin is {limit}. {spoken}.", rows, margin
-    )
-
-
-def _layers(layers: Sequence[Mapping[str, Any]]) -> Markup:
-    shares = [1 - layer["spike_agreement"] for layer in layers]
-    rows = [
-        BarRow(layer["name"], (Bar("deployed", 100 * share, wording.percent(share, 2)),))
-        for layer, share in zip(layers, shares, strict=True)
-    ]
-    spoken = "; ".join(f"{row.label}: {row.bars[0].text}" for row in rows)
-    # Even equal networks get an axis; one percent is the least that is worth a look.
-    limit = min(100.0, max(1.0, *(110 * share for share in shares)))
-    return bar_plot("layers", f"Share of spikes that differ, by layer. {spoken}.", rows, limit)
-
-
-def _baseline(baseline: Mapping[str, Any]) -> Markup:
-    rows = [
-        BarRow(
-            f"{network}, {images}",
-            (_percent_bar(colour, baseline[f"{prefix}{kind}_accuracy"], baseline.get(f"{prefix}{kind}_interval")),),
-            strong=kind == "attacked",
-        )
-        for network, prefix, colour in (("robust", "robust_", "reference"), ("naturally trained", "", "muted"))
-        for kind, images in (("clean", "clean images"), ("attacked", "under attack"))
-    ]
-    spoken = "; ".join(f"{row.label}: {row.bars[0].text}" for row in rows)
-    return bar_plot("baseline", f"Accuracy of the robust and of a naturally trained network. {spoken}.", rows, 100)
-
-
 def _card(item: GalleryItem, full_scale: int) -> Card:
+    pair = raster_pair(item.spikes) if item.spikes else None
     return Card(
         item,
         png_uri(picture(item.clean)),
         png_uri(perturbation(item.clean, item.adversarial, full_scale)),
         png_uri(picture(item.adversarial)),
+        None if pair is None else (png_uri(pair.reference), png_uri(pair.deployed)),
+        "" if pair is None else pair.text,
     )

@@ -20,6 +20,7 @@ from pipeline.fidelity.wording import (
     points,
     points_range,
     seconds,
+    step_cost,
     whole_range,
     worst_share,
 )
@@ -80,6 +81,17 @@ def _arm_name(row: Row) -> str:
     if row.get("description"):
         name += Markup("<br><small>{}</small>").format(row["description"])
     return name
+
+
+def _curve_point(row: Row) -> str:
+    if not row["epsilon"]:
+        return Markup("<b>clean</b>")
+    return Markup("<b>{}</b><br><small>{}</small>").format(budget(row["epsilon"]), row["attack"])
+
+
+def _step(row: Row) -> str:
+    name = Markup("<b>{}</b>").format(row["name"])
+    return name + Markup("<br><small>{}</small>").format(row["note"]) if row.get("note") else name
 
 
 def _difference(row: Row) -> str:
@@ -185,6 +197,7 @@ RUNTIMES = (
 LAYERS = (
     Column("Layer", _plain("name"), numeric=False),
     Column("Equal spikes", lambda row: percent(row.get("spike_agreement"), 2)),
+    Column("Equal, teacher-forced", lambda row: percent((row.get("teacher_forced") or {}).get("spike_agreement"), 2)),
     Column("Rate error", lambda row: number(row.get("rate_error"))),
     Column("First differing spike", lambda row: divergence(row.get("first_divergence")), numeric=False),
     Column("Its margin", _margin),
@@ -194,6 +207,17 @@ ATTRIBUTION = (
     Column("Spikes that differ, worst layer", lambda row: worst_share(row["disagreement"])),
     Column("Relative logit error", _plain("logit_error")),
     Column("Classes changed", lambda row: f"{count(row['argmax_flips'])} of {count(row['samples'])}"),
+)
+CURVE = (
+    Column("Budget", _curve_point, numeric=False),
+    Column("Reference", _with_range("reference_accuracy", "reference_interval")),
+    Column("Deployed", _with_range("deployed_accuracy", "deployed_interval")),
+    Column("Difference, points", _difference),
+)
+WATERFALL = (
+    Column("Step", _step, numeric=False),
+    Column("Accuracy", _with_range("accuracy", "interval")),
+    Column("Change, points", lambda row: step_cost(row.get("cost"))),
 )
 QUANTIZATION = (
     Column("Population", _plain("population"), numeric=False),
@@ -238,6 +262,18 @@ VERSIONS = (
     Column("Software", _plain("name"), numeric=False),
     Column("Version", _plain("value"), numeric=False),
 )
+
+
+def transfer_parts(matrix: Row | None) -> tuple[Sequence[Column], Sequence[Row] | None]:
+    """Columns and rows of who is fooled by whose images."""
+    if matrix is None:
+        return (), None
+
+    def cell(model: str) -> Callable[[Row], str]:
+        return lambda row: percent(row["accuracies"][model])
+
+    columns = [Column(model, cell(model)) for model in matrix["models"]]
+    return [Column("Crafted on", _plain("crafted_on"), numeric=False), *columns], matrix["rows"]
 
 
 def named_rows(mapping: Mapping[str, Any]) -> list[Row]:

@@ -98,15 +98,15 @@ def bar_plot(name: str, title: str, rows: Sequence[BarRow], limit: float) -> Mar
     bars_per_row = max(len(row.bars) for row in rows)
     row_height = LABEL_HEIGHT + bars_per_row * BAR_HEIGHT + ROW_GAP
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(row_height * len(rows), (0.0, limit))
+        figure, axes = open_canvas(row_height * len(rows), (0.0, limit))
         for index, row in enumerate(rows):
             top = index * row_height
-            _label(axes, top, row.label, row.strong, index > 0)
+            label_row(axes, top, row.label, row.strong, index > 0)
             for place, bar in enumerate(row.bars):
                 middle = top + LABEL_HEIGHT + (place + 0.5) * BAR_HEIGHT
                 _bar(axes, middle, bar, limit)
-        _ticks(axes, _nice_ticks(0.0, limit), "%")
-        return _svg(figure, name, title)
+        add_ticks(axes, nice_ticks(0.0, limit), "%")
+        return write_svg(figure, name, title)
 
 
 def difference_plot(name: str, title: str, rows: Sequence[DifferenceRow], margin: float) -> Markup:
@@ -123,11 +123,11 @@ def difference_plot(name: str, title: str, rows: Sequence[DifferenceRow], margin
     low, high = 100 * (min(ends) - 0.05 * span), 100 * (max(ends) + 0.05 * span)
     height = row_height * len(rows)
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(height, (low, high))
+        figure, axes = open_canvas(height, (low, high))
         for index, row in enumerate(rows):
             _difference(axes, index * row_height, row, -100 * margin, index > 0)
-        _ticks(axes, _nice_ticks(low, high), "points")
-        return _svg(figure, name, title)
+        add_ticks(axes, nice_ticks(low, high), "points")
+        return write_svg(figure, name, title)
 
 
 def perturbation(clean: NDArray[np.uint8], adversarial: NDArray[np.uint8], full_scale: int) -> NDArray[np.uint8]:
@@ -166,11 +166,12 @@ def png_uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def _canvas(height: float, limits: tuple[float, float]) -> tuple[Figure, Axes]:
-    """An empty picture whose vertical unit is one pixel, growing downwards, values free at the right."""
+def open_canvas(height: float, limits: tuple[float, float], whole_width: bool = False) -> tuple[Figure, Axes]:
+    """An empty picture whose vertical unit is one pixel, growing downwards; at the right values have room, or not."""
     total = height + AXIS_HEIGHT
+    width = WIDTH - 2 * LEFT if whole_width else AXES_WIDTH
     figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)
-    axes = figure.add_axes((LEFT / WIDTH, AXIS_HEIGHT / total, AXES_WIDTH / WIDTH, height / total))
+    axes = figure.add_axes((LEFT / WIDTH, AXIS_HEIGHT / total, width / WIDTH, height / total))
     axes.set_xlim(*limits)
     axes.set_ylim(height, 0)
     axes.set_yticks([])
@@ -182,13 +183,15 @@ def _canvas(height: float, limits: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _label(axes: Axes, top: float, text: str, strong: bool, ruled: bool) -> None:
+def label_row(axes: Axes, top: float, text: str, strong: bool, ruled: bool) -> None:
     """The row's name at its upper left, a hairline above all rows but the first."""
     if ruled:
         axes.plot([0, VALUE_RIGHT], [top, top], transform=axes.get_yaxis_transform(),
                   color=COLOURS["track"], lw=1, clip_on=False)  # fmt: skip
     weight = "bold" if strong else "normal"
-    axes.text(axes.get_xlim()[0], top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight=weight)
+    # Lines that pass behind a name are not to cross its letters.
+    behind = {"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1}
+    axes.text(axes.get_xlim()[0], top + LABEL_HEIGHT / 2 + 2, text, va="center", ha="left", weight=weight, bbox=behind)
 
 
 def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
@@ -199,7 +202,7 @@ def _bar(axes: Axes, middle: float, bar: Bar, limit: float) -> None:
         # A rim in the page's own colour keeps the interval readable on a bar of any colour.
         for colour, rim in ((COLOURS["card"], 0.75), (COLOURS["ink"], 0.0)):
             _whiskers(axes, middle, bar.interval, colour, rim)
-    _value(axes, middle, bar.text, COLOURS["ink"])
+    add_value(axes, middle, bar.text, COLOURS["ink"])
 
 
 def _whiskers(axes: Axes, middle: float, interval: tuple[float, float], colour: str, rim: float) -> None:
@@ -212,13 +215,13 @@ def _whiskers(axes: Axes, middle: float, interval: tuple[float, float], colour: 
     )  # fmt: skip
 
 
-def _value(axes: Axes, middle: float, text: str, colour: str) -> None:
+def add_value(axes: Axes, middle: float, text: str, colour: str) -> None:
     """A number in the column at the right, aligned at its end."""
     axes.text(VALUE_RIGHT, middle, text, transform=axes.get_yaxis_transform(), va="center", ha="right", color=colour)
 
 
 def _difference(axes: Axes, top: float, row: DifferenceRow, limit: float, ruled: bool) -> None:
-    _label(axes, top, row.label, row.strong, ruled)
+    label_row(axes, top, row.label, row.strong, ruled)
     upper, middle, lower = (top + LABEL_HEIGHT + k * BAR_HEIGHT for k in range(3))
     low = axes.get_xlim()[0]
     forbidden = COLOURS["forbidden"]
@@ -230,11 +233,11 @@ def _difference(axes: Axes, top: float, row: DifferenceRow, limit: float, ruled:
         axes.plot([100 * end for end in row.interval], [middle, middle], color=colour, lw=1.5)
     axes.plot([100 * row.lower_bound] * 2, [middle - 9, middle + 9], color=colour, lw=3, solid_capstyle="butt")
     axes.plot([100 * row.difference], [middle], "D", color=COLOURS["deployed"] if row.strong else colour, ms=8)
-    _value(axes, middle - BAR_HEIGHT / 2, points(row.difference), colour)
-    _value(axes, middle + BAR_HEIGHT / 2, f"≥ {points(row.lower_bound)}", colour)
+    add_value(axes, middle - BAR_HEIGHT / 2, points(row.difference), colour)
+    add_value(axes, middle + BAR_HEIGHT / 2, f"≥ {points(row.lower_bound)}", colour)
 
 
-def _nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Four to seven round numbers inside the limits, zero among them where it lies inside."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
@@ -242,7 +245,7 @@ def _nice_ticks(low: float, high: float) -> list[float]:
     return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _ticks(axes: Axes, ticks: list[float], unit: str) -> None:
+def add_ticks(axes: Axes, ticks: list[float], unit: str) -> None:
     """Tick labels; the unit stands under the column of values."""
     axes.set_xticks(ticks, [f"{tick:g}".replace("-", MINUS) for tick in ticks])
     axes.tick_params(axis="x", color=COLOURS["line"], labelcolor=COLOURS["muted"], labelsize=12, length=4)
@@ -252,7 +255,7 @@ def _ticks(axes: Axes, ticks: list[float], unit: str) -> None:
     )  # fmt: skip
 
 
-def _svg(figure: Figure, name: str, title: str) -> Markup:
+def write_svg(figure: Figure, name: str, title: str) -> Markup:
     """The picture as an inline ``<svg>``: the page's colours, identifiers of its own, said as ``title``."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))

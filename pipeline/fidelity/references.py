@@ -11,9 +11,10 @@ from hardware.errors import RuleViolations, Violation
 from hardware.files import sha256_of
 from hardware.formats.bundle import COUNTEREXAMPLES_FILE, MANIFEST_FILE, Bundle
 from hardware.trace import Trace
-from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, IntegerTarget, to_images
-from pipeline.fidelity.divergence import build_rows, layer_rows
+from pipeline.attacks.targets import Codes, FloatTarget, IntegerTarget, to_images
+from pipeline.fidelity.divergence import build_rows, layer_rows, run_teacher_forced
 from pipeline.models.float_file import load_float
+from pipeline.models.spiking import SpikingNetwork
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,16 @@ class Reference:
         row: ``reference`` of ``report.json``.
         identity: tells it apart from others.
         compare: images and the deployed model's trace of them to ``layers`` of ``report.json``.
+        network: of the float SNN, if that is the reference.
     """
 
-    target: GradientTarget
+    target: FloatTarget | IntegerTarget
     name: str
     word: str
     row: dict[str, Any]
     identity: str
     compare: Callable[[Codes, Trace], list[dict[str, Any]]]
+    network: SpikingNetwork | None = None
 
 
 def float_reference(bundle: Bundle) -> Reference:
@@ -43,10 +46,11 @@ def float_reference(bundle: Bundle) -> Reference:
 
     def compare(codes: Codes, deployed: Trace) -> list[dict[str, Any]]:
         _, layers = network.record(to_images(codes))
-        return layer_rows(layers, deployed)
+        spikes = {name: layer.spikes.numpy() for name, layer in layers.items()}
+        return layer_rows(layers, deployed, run_teacher_forced(bundle.network, codes, spikes))
 
     row: dict[str, Any] = {"kind": "float", "name": "the float SNN", "word": "trained"}
-    return Reference(FloatTarget(network), row["name"], row["word"], row, "", compare)
+    return Reference(FloatTarget(network), row["name"], row["word"], row, "", compare, network)
 
 
 def earlier_build(bundle: Bundle, earlier: Bundle) -> Reference:

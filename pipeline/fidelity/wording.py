@@ -10,6 +10,8 @@ ABSENT = "–"
 NBSP = "\u00a0"
 MINUS = "\u2212"
 PIXEL_LEVELS = 255
+MODELS = ("float SNN", "fine-tuning", "everything")
+"""Steps of the waterfall at which one of the two judged models stands."""
 ATTRIBUTION_NOTE = (
     "In each row only that kind of number is rounded and all else is float64, so the largest figures show which "
     "rounding costs most; “nothing” is what float32 leaves by itself, the last row is the deployed network."
@@ -143,3 +145,8 @@ def divergence(first: Mapping[str, Any] | None) -> str:
         return "none"
     places = ("layer", "sample", "step", "neuron") if "layer" in first else ("sample", "step", "neuron")
     return ", ".join(f"{PLACES.get(place, place)} {number(first.get(place))}" for place in places)
+
+
+def step_cost(cost: float | None) -> str:
+    """The change in accuracy of a step that costs as much, in signed points."""
+    return ABSENT if cost is None else points(-cost)

@@ -25,7 +25,8 @@ from pipeline.attacks.targets import Codes, FloatTarget, GradientTarget, Integer
 from pipeline.config import Config, FidelityConfig
 from pipeline.data import Dataset
 from pipeline.data.loading import load_splits
-from pipeline.fidelity.crafting import Attack, Images, craft_all
+from pipeline.fidelity.crafting import Attack, Images
+from pipeline.fidelity.shards import craft_all
 from pipeline.models.float_file import float_files, load_float
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console

@@ -28,7 +28,8 @@ data: {{name: npz, path: {data}, validation: 60, test: 80}}
 training: {{epsilon: 0.05, attack_steps: 2, epochs: 8, learning_rate: 0.1}}
 conversion: {{calibration_steps: 20, batches: 3}}
 finetuning: {{steps: 4, epsilon: 0.05, epochs: 3}}
-fidelity: {{epsilon: 0.05, square_queries: 30, certify: 6, runtimes: [emulator, onnxruntime]}}
+fidelity: {{epsilon: 0.05, square_queries: 30, certify: 6, curve: [0.1],
+  runtimes: [emulator, onnxruntime]}}
 """
 
 

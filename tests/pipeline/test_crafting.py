@@ -11,8 +11,9 @@ from pipeline.attacks.ensemble import Member, SquareMember
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import GradientTarget, correct
 from pipeline.config import FidelityConfig
-from pipeline.fidelity import crafting
-from pipeline.fidelity.crafting import ATTACKS, Images, craft_all, load_crafted, save_crafted
+from pipeline.fidelity import crafting, shards
+from pipeline.fidelity.crafting import ATTACKS, Images
+from pipeline.fidelity.shards import craft_all, load_crafted, save_crafted
 from tests.pipeline.attack_samples import assert_same, assert_within, target
 from tests.pipeline.samples import random_images
 
@@ -94,7 +95,7 @@ def test_finished_attacks_are_not_run_again_unless_something_that_determines_the
     ):
         with pytest.raises(AssertionError, match="ran again"):
             craft_all(TARGETS, shown, settings, tmp_path, models)
-    monkeypatch.setattr(crafting, "source_digest", lambda: "other code")
+    monkeypatch.setattr(shards, "source_digest", lambda: "other code")
     with pytest.raises(AssertionError, match="ran again"):
         craft_all(TARGETS, IMAGES, SETTINGS, tmp_path, "models")
 

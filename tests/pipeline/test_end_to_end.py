@@ -159,6 +159,22 @@ def test_the_page_is_one_file_with_the_verdict(small_run: SmallRun) -> None:
     assert small_run.report["verdict"] in page.lower()
 
 
+def test_a_run_knows_every_step_and_its_summary_tells_them(small_run: SmallRun) -> None:
+    report = small_run.report
+    assert [point["epsilon"] for point in report["curve"]] == [0.0, 0.05, 0.1]
+    steps = {step["name"]: step["accuracy"] for step in report["waterfall"]["steps"]}
+    assert {"trained", "conversion", "fine-tuning", "thresholds", "weights", "bias", "everything"} <= set(steps)
+    worst = next(arm for arm in report["arms"] if arm["name"] == "worst case")
+    assert (steps["fine-tuning"], steps["everything"]) == (worst["reference_accuracy"], worst["deployed_accuracy"])
+    assert report["waterfall"]["unknown"] is None
+    for layer in report["layers"]:
+        assert len(layer["step_agreement"]) == len(layer["teacher_forced"]["step_agreement"]) == report["steps"]
+    summary = (small_run.folder / "report.md").read_text()
+    assert summary.splitlines()[0].endswith(f"{report['verdict'].upper()}: hardware fidelity")
+    for words in ("| worst case |", "| fine-tuning |", "| onnxruntime |", "| 0.1 (25"):
+        assert words in summary
+
+
 def test_terminal_page_and_report_tell_what_each_kind_of_rounding_changes(small_run: SmallRun) -> None:
     rows = small_run.report["attribution"]
     assert rows == read_json(small_run.folder / "quantize" / "attribution.json")
@@ -298,7 +314,7 @@ def test_a_float_file_is_judged_by_what_rounding_explains(small_run: SmallRun, t
 
 def test_fidelity_alone_comes_to_the_same_arms(small_run: SmallRun, tmp_path: Path) -> None:
     finished = spikeguard(
-        "fidelity", small_run.bundle, "--runtime", "emulator", "--set", small_run.data, "--out", tmp_path
+        "fidelity", small_run.bundle, "--runtime", "emulator", "--set", small_run.data, "--jobs", 2, "--out", tmp_path
     )
     assert finished.returncode == small_run.finished.returncode, finished.stderr
     report = json.loads((tmp_path / "report.json").read_text())

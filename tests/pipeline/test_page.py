@@ -15,7 +15,8 @@ import pytest
 
 from hardware.errors import RuleViolations
 from pipeline.fidelity import wording
-from pipeline.fidelity.page import GalleryItem, render_report
+from pipeline.fidelity.gallery import GalleryItem, LayerSpikes
+from pipeline.fidelity.page import render_report
 from pipeline.fidelity.plots import perturbation, picture, png_uri
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -57,6 +58,19 @@ def runtime(name: str, version: str, samples: int, speed: float, **more: Any) ->
         "samples_per_second": speed,
         **more,
     }
+
+
+def point(
+    epsilon: float, reference: float, deployed: float, attack: str = "a light attack", deciding: bool = False
+) -> dict[str, Any]:
+    names = ("reference_accuracy", "reference_interval", "deployed_accuracy", "deployed_interval", "difference")
+    made = arm("curve", reference, deployed, -0.01)
+    return {"epsilon": epsilon, "attack": attack, "deciding": deciding, **{name: made[name] for name in names}}
+
+
+def step(name: str, accuracy: float | None, cost: float | None) -> dict[str, Any]:
+    interval = None if accuracy is None else [accuracy - 0.02, accuracy + 0.02]
+    return {"name": name, "accuracy": accuracy, "interval": interval, "cost": cost, "note": f"about {name}"}
 
 
 def full_report() -> dict[str, Any]:
@@ -102,10 +116,39 @@ def full_report() -> dict[str, Any]:
                 "name": name,
                 "spike_agreement": 1 - share,
                 "rate_error": share * 0.7,
+                "step_agreement": [1 - share * step / 4 for step in range(8)],
                 "first_divergence": {"sample": 12, "step": 3, "neuron": 45, "margin": -0.00213} if share else None,
+                "teacher_forced": {
+                    "spike_agreement": 1 - share / 2,
+                    "step_agreement": [1 - share / 2] * 8,
+                    "rate_error": share / 3,
+                    "first_divergence": None,
+                },
             }
             for name, share in zip(layers, (0.0, 0.0021, 0.0057, 0.004), strict=True)
         ],
+        "curve": [
+            point(0.0, 0.981, 0.9796, "none"), point(0.02, 0.951, 0.948), point(0.05, 0.91, 0.905),
+            point(0.1, 0.8352, 0.8315, "the deciding attacks", deciding=True), point(0.2, 0.312, 0.29),
+        ],
+        "waterfall": {
+            "samples": 540,
+            "description": "accuracy on the clean image and every image of the worst case",
+            "unknown": "The network before its conversion is not in a bundle.",
+            "costliest": "weights",
+            "steps": [
+                step("float SNN", 0.8352, None), step("float64", 0.8352, 0.0), step("thresholds", 0.8371, -0.0019),
+                step("weights", 0.8297, 0.0074), step("bias", 0.8315, -0.0018), step("everything", 0.8315, 0.0),
+                step("runtimes", None, None),
+            ],
+        },
+        "transfer_matrix": {
+            "attack": "quick ensemble", "epsilon": 0.1, "samples": 540, "models": ["float", "integer", "4 bits"],
+            "rows": [
+                {"crafted_on": "clean images", "accuracies": {"float": 0.98, "integer": 0.979, "4 bits": 0.95}},
+                {"crafted_on": "4 bits", "accuracies": {"float": 0.91, "integer": 0.913, "4 bits": 0.712}},
+            ],
+        },
         "attribution": [
             {"rounded": name, "disagreement": {"conv1": share / 2, "conv2": share}, "logit_error": 3 * share,
              "argmax_flips": flips, "samples": 1256}
@@ -174,7 +217,7 @@ def inconclusive_report() -> dict[str, Any]:
 
 
 def report_without_lava() -> dict[str, Any]:
-    report = full_report()
+    report = full_report() | {"curve": None, "waterfall": None, "transfer_matrix": None}
     report["certified_runtimes"] = ["reference", "emulator", "onnxruntime"]
     report["runtimes"] = [row for row in report["runtimes"] if row["name"] not in ("lava", "netx")]
     report["missing_runtimes"] = [
@@ -190,9 +233,13 @@ def minimal_report() -> dict[str, Any]:
     optional = (
         "created", "summary", "data", "missing_runtimes", "attribution", "baseline", "quantization", "proofs",
         "gradient_health", "placement", "energy", "timings", "versions", "reproduce",
+        "curve", "waterfall", "transfer_matrix",
     )  # fmt: skip
     for name in optional:
         del report[name]
+    for row in report["layers"]:
+        for name in ("step_agreement", "teacher_forced"):
+            del row[name]
     for row in report["arms"]:
         for name in ("description", "reference_interval", "deployed_interval", "samples_to_decide"):
             del row[name]
@@ -205,7 +252,10 @@ def gallery(channels: int = 1) -> list[GalleryItem]:
     for sample in range(4):
         clean = rng.integers(0, 256, (channels, 8, 8), dtype=np.uint8)
         moved = np.clip(clean.astype(np.int64) + rng.choice([-25, 0, 25], clean.shape), 0, 255).astype(np.uint8)
-        items.append(GalleryItem(sample, 3, "adaptive", clean, moved, (3, 8), (3, 3)))
+        spikes = rng.random((2, 2, 8, 60)) < 0.3
+        spikes[1, :, :, 5:] = spikes[0, :, :, 5:]
+        layers = tuple(LayerSpikes(f"conv{n + 1}", spikes[0, n], spikes[1, n]) for n in range(2))
+        items.append(GalleryItem(sample, 3, "adaptive", clean, moved, (3, 8), (3, 3), layers))
     return items
 
 
@@ -282,6 +332,25 @@ def test_numbers_appear_with_intervals_and_counts() -> None:
         assert expected in text
 
 
+def test_curve_waterfall_and_transfer_are_told_in_numbers_and_in_the_words_of_their_plots() -> None:
+    html = render_report(full_report(), gallery())
+    page = Page(html)
+    for expected in ("the weights cost most", "weights about weights 83.0 %", "−0.74",
+                     "0.2 (51 codes) a light attack 31.2 %", "4 bits 91.0 % 91.3 % 71.2 %",
+                     "not in a bundle"):  # fmt: skip
+        assert expected in page.text, expected
+    spoken = " ".join(page.attributes("aria-label")).replace("\u00a0", " ")
+    for expected in ("at 0.2 reference 31.2 %, deployed 29.0 %", "weights: 83.0 %, change −0.74 points",
+                     "each layer reading the reference's spikes. conv1: 0.0 %"):  # fmt: skip
+        assert expected in spoken, expected
+    assert "Differing spikes by layer: conv1 " in " ".join(page.attributes("alt"))
+
+
+def test_a_layer_table_without_steps_is_shown_with_its_bars() -> None:
+    assert "Share of spikes that differ, by layer. conv1" in render_report(minimal_report(), [])
+    assert "by layer and step" not in render_report(minimal_report(), [])
+
+
 def test_each_kind_of_rounding_is_a_row_under_a_sentence_that_tells_how_to_read_it() -> None:
     html = render_report(full_report(), [])
     section = html.split('<section id="rounding"')[1].split("</section>")[0]
@@ -321,7 +390,9 @@ def test_absent_sections_are_left_out() -> None:
     page = Page(render_report(minimal_report(), []))
     ids = set(page.attributes("id"))
     assert {"arms", "certification", "layers", "meaning"} <= ids
-    assert not {"baseline", "gallery", "health", "integers", "placement", "rounding"} & ids
+    assert not {
+        "baseline", "curve", "gallery", "health", "integers", "placement", "rounding", "transfer", "waterfall",
+    } & ids  # fmt: skip
     nothing = full_report() | {"baseline": None, "placement": None, "energy": None, "gradient_health": None}
     nothing["attribution"] = []
     assert not {"baseline", "health", "placement", "rounding"} & set(Page(render_report(nothing, [])).attributes("id"))
@@ -340,7 +411,12 @@ def test_every_word_of_a_report_is_escaped() -> None:
     hostile = strings_replaced(report_without_lava(), frozenset({"schema", "verdict"}))
     hostile["timings"] = {NASTY: 1.0}
     hostile["attribution"][0]["disagreement"] = {NASTY: 0.5}
-    item = replace(gallery()[0], attack=NASTY)
+    hostile |= {name: full_report()[name] for name in ("curve", "waterfall", "transfer_matrix")}
+    hostile["curve"][1]["attack"] = hostile["waterfall"]["costliest"] = hostile["waterfall"]["unknown"] = NASTY
+    hostile["waterfall"]["steps"][1] |= {"name": NASTY, "note": NASTY}
+    hostile["transfer_matrix"]["rows"][0]["crafted_on"] = hostile["transfer_matrix"]["attack"] = NASTY
+    first = replace(gallery()[0].spikes[0], name=NASTY)
+    item = replace(gallery()[0], attack=NASTY, spikes=(first,))
     html = render_report(hostile, [item])
     page = Page(html)
     assert "<script" not in html
@@ -350,10 +426,10 @@ def test_every_word_of_a_report_is_escaped() -> None:
 def test_every_plot_and_picture_has_words() -> None:
     page = Page(render_report(full_report(), gallery()))
     plots = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert len(plots) == 4
+    assert len(plots) == 7
     assert all(plot["role"] == "img" and len(str(plot["aria-label"])) > 30 for plot in plots)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) == 12
+    assert len(images) == 20
     assert all(image["alt"] for image in images)
 
 

@@ -223,7 +223,7 @@ class TestSweep:
         run_sweep(what, Grid((8,), (4,)), tmp_path)
         run_sweep(what, Grid((8, 4), (4,)), tmp_path)
         assert crafted == ["float", "integer", "integer"]
-        files = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "crafted").iterdir())
+        files = sorted(path.name.rpartition("-00000-")[0] for path in (tmp_path / "crafted").iterdir())
         assert files == ["T-4-4-bits", "T-4-8-bits", "T-4-float"]
         assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "points").iterdir()) == files
 
