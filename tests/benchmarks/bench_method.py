@@ -9,7 +9,7 @@ The first argument is a preset: its run is trained where it is not there yet, in
   time that ANN training, conversion and fine-tuning took together.
 
 Attacks run on the test images of the preset, ``strong`` on the first ``--strong-images`` of them; results are kept
-beside the networks, one file each, and reused.
+in the run's folder, one file for each network, and reused.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ class Task:
         """
         use_cpu(1)
         target = self.trained.target()
-        store = self.trained.folder / f"attacked-{self._key()}.json"
+        # Not beside the network: a stage whose folder holds anything else is done again.
+        store = self.trained.folder.parent / "attacked" / f"{self._key()}.json"
         found: dict[str, Any] = read_json(store) if store.is_file() else {}
         columns = ANN_COLUMNS if isinstance(target, RateTarget) else SNN_COLUMNS
         indices = np.arange(len(self.codes))
