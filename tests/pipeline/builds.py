@@ -21,7 +21,14 @@ from tests.pipeline.samples import busy_spiking_network, random_images
 SHAPE = (1, 8, 8)
 CALIBRATION = random_images(SHAPE, 16, 3)
 QUICK = FidelityConfig(
-    epsilon=0.05, margin=0.3, attacks="quick", square_queries=3, certify=6, runtimes=("emulator",), baseline=False
+    epsilon=0.05,
+    margin=0.3,
+    attacks="quick",
+    square_queries=3,
+    certify=6,
+    curve=(),
+    runtimes=("emulator",),
+    baseline=False,
 )
 
 

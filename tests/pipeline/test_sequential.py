@@ -12,9 +12,10 @@ from hardware.formats.bundle import Bundle
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import FloatTarget, GradientTarget, IntegerTarget, Target, correct
 from pipeline.fidelity.check import Circumstances, run_check
-from pipeline.fidelity.crafting import ATTACKS, Images, craft_all
+from pipeline.fidelity.crafting import ATTACKS, Images
 from pipeline.fidelity.looks import look_until_decided
 from pipeline.fidelity.page import render_report
+from pipeline.fidelity.shards import craft_all
 from pipeline.sequential import confidences, critical_values, look_sizes, spent
 from pipeline.statistics import PairedOutcome, tango_score
 from tests.pipeline.builds import QUICK, own_images, untrained, write_build
