@@ -109,10 +109,6 @@ class ConversionConfig(_Section):
     second_batches: Count = Field(default=10, description="more of them, for the later neurons of residual blocks")
     batch_size: Count = 64
     scale: Positive = Field(default=0.3, description="kappa, the factor on all thresholds")
-    weights: Literal["copied", "rescaled"] = Field(
-        default="copied",
-        description="rescaled: the same spikes, but thresholds near 1 and logits as large as the ANN's",
-    )
     beta: UnitInterval = Field(
         default=1.0, description="share of the membrane kept per step; below 1, chips round it and the membrane"
     )

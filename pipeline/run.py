@@ -32,7 +32,6 @@ from pipeline.models.float_file import float_files, holds_spiking, load_float, l
 from pipeline.models.graph import LayerGraph
 from pipeline.models.spiking import SpikingNetwork
 from pipeline.progress import console
-from pipeline.rescaling import require_rescalable
 from pipeline.source import source_digest
 from pipeline.stages import STAGES, Stage, quantization_images, start_network
 from pipeline.training import Records
@@ -188,7 +187,7 @@ def require_runtimes(config: Config) -> None:
 
 
 def require_deployable(run: Run) -> None:
-    """Refuse, before anything is trained, a conversion that cannot be, and runtimes that cannot take the network.
+    """Refuse, before anything is trained, runtimes that cannot take the network it will become.
 
     Raises:
         SpikeguardError: with the remedy.
@@ -198,8 +197,6 @@ def require_deployable(run: Run) -> None:
     graph = start.graph
     if not isinstance(start, SpikingNetwork):
         graph = graph.spiking(conversion.beta, conversion.reset == "subtract")
-        if conversion.weights == "rescaled":
-            require_rescalable(graph)
     refused = {
         name: why
         for reasons in _obstacles(graph)

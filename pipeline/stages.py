@@ -42,7 +42,6 @@ from pipeline.recipes import (
     schedule_of,
     training_objective,
 )
-from pipeline.rescaling import rescale
 from pipeline.training import Records, fit, pixels
 
 if TYPE_CHECKING:
@@ -211,8 +210,6 @@ def _convert(run: Run, network: RateNetwork) -> SpikingNetwork:
             second_batches=drawn[settings.batches :],
             advance=advance,
         )
-    if settings.weights == "rescaled":
-        rescale(spiking, network.to(compute.device), drawn[: settings.batches])
     return spiking.cpu()
 
 

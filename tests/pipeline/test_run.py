@@ -28,7 +28,6 @@ from pipeline.models.float_file import load_float
 from pipeline.quantization_aware import FINETUNED
 from pipeline.run import Run, without_lava
 from pipeline.stages import STAGES, Stage, build_network, calibration_batches, start_network
-from pipeline.training import images_of
 from tests.pipeline.conftest import ROOT
 from tests.pipeline.samples import easy_data
 
@@ -399,19 +398,6 @@ def test_options_of_conversion_reach_the_neurons(data: Path, tmp_path: Path) -> 
     assert options == [{"beta": 0.75, "subtract": True}] * 3
 
 
-def test_rescaled_weights_give_the_spikes_of_copied_ones(data: Path, tmp_path: Path) -> None:
-    found = []
-    for weights in ("copied", "rescaled"):
-        run = Run(config(data, conversion__weights=weights), tmp_path, "")
-        run.ensure("convert")
-        network = load_float(run.result("convert"))
-        _, activity = network.record(images_of(run.data.validation))
-        found.append([layer.spikes for layer in activity.values()])
-        thresholds = [neuron.threshold.item() for _, neuron in network.neurons()]
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert all(2**-0.5 <= threshold <= 2**0.5 for threshold in thresholds)
-
-
 def test_width_goes_with_networks_of_the_zoo(data: Path, tmp_path: Path) -> None:
     settings = {**values(data), "width": 0.5, "network": "digits-cnn"}
     narrow = start_network(Run(validate_config(settings, "test"), tmp_path, ""))
@@ -461,14 +447,6 @@ def test_runtimes_that_cannot_take_the_network_are_refused_before_it_is_trained(
     with pytest.raises(SpikeguardError, match=rf"cannot run on {told}\]"):
         run_module.require_deployable(run("emulator", "lava", "netx", "onnxruntime"))
     run_module.require_deployable(run("emulator"))
-
-
-def test_weights_that_cannot_be_rescaled_are_refused_before_they_are_trained(data: Path, tmp_path: Path) -> None:
-    settings = values(data, conversion__weights="rescaled")
-    run_module.require_deployable(Run(validate_config(settings, "test"), tmp_path, ""))
-    settings["network"] = "tests.pipeline.test_rescaling:PlainShortcuts"
-    with pytest.raises(RuleViolations, match=r"leave conversion\.weights copied"):
-        run_module.require_deployable(Run(validate_config(settings, "test"), tmp_path, ""))
 
 
 def test_a_format_that_a_runtime_needs_is_not_left_out(data: Path, tmp_path: Path) -> None:
