@@ -152,5 +152,6 @@ def test_it_works_beside_the_main_thread() -> None:
 
 
 def test_termination_handler_is_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     run_python(LEAVES_A_MESS, str(tmp_path / "note"))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
