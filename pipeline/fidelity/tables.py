@@ -48,6 +48,8 @@ def waterfall_table(report: Mapping[str, Any]) -> TextTable:
         (step["name"], percent(step["accuracy"]), step_cost(step["cost"]), step["note"]) for step in waterfall["steps"]
     ]
     title = f"what each step costs, on the worst-case images of {waterfall['samples']} test images"
+    if waterfall["costliest"]:
+        title += f"; of what became integers, the {waterfall['costliest']} change the logits of clean images most"
     return TextTable(title, ("step", "accuracy", "change, points", ""), rows)
 
 

@@ -2,8 +2,8 @@
 
 The images are those of the worst case, crafted on the float SNN and on its integer network. Networks between the two
 are judged on them without an attack of their own, and so are the networks before the SNN: they look more robust than
-they are, and the step to the integer network seems to pay for it. So a step is named as the costliest only where the
-integer network does lose against the float SNN.
+they are, and the step to the integer network seems to pay for it. So where the integer network does lose against the
+float SNN, the step that is named is the one that changes the logits of clean images most, which no attack distorts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from hardware.network import INPUT, IntegerNetwork
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, batched_logits
+from pipeline.attribution import relative_error
 from pipeline.fidelity.arms import Hits
 from pipeline.fidelity.certification import is_certified
 from pipeline.fidelity.crafting import ATTACKS, Attack, Images
@@ -31,6 +32,8 @@ from pipeline.statistics import wilson_interval
 from pipeline.unrounded import run_unrounded
 
 Classify = Callable[[Codes], NDArray[np.intp]]
+CLEAN_IMAGES = 128
+"""On which the change that a step makes is measured."""
 WORK = 10**11
 """Connections times steps times images that are spent; of large networks the first images only are looked at."""
 MIN_IMAGES = 16
@@ -117,9 +120,15 @@ def waterfall_row(
             found.append((name, right(lambda codes, module=module: batched_logits(module, codes).argmax(1))))  # type: ignore[misc]
         found.append(("fine-tuning", known(contestants.reference)))
     between = list(hybrids(populations, integers, means))
+    clean, changes = images.codes[: min(samples, CLEAN_IMAGES)], dict[str, float]()
+    before: NDArray[np.float64] | None = None
     with track("waterfall", len(between)) as advance:
         for name, mixed in between:
             found.append((name, right(classifier(mixed, integers.steps))))
+            logits = run_unrounded(mixed, clean, integers.steps)[1]
+            if before is not None and name in STEPS:
+                changes[name] = relative_error(logits, before)
+            before = logits
             advance(name)
     everything = known(contestants.deployed)
     found.append(("everything", everything))
@@ -128,7 +137,7 @@ def waterfall_row(
     found.append(("runtimes", everything if certified else None))
     note = f"{names}: " + ("each computes the integer network, see the certification" if certified else "not certified")
     steps = step_rows(found, samples, {**NOTES, "runtimes": note})
-    rounding = [row for row in steps if row["name"] in STEPS and row["cost"] > 0]
+    changed = [name for name in changes if changes[name] > 0]
     loss = known(contestants.reference) - everything
     return {
         "samples": samples,
@@ -136,7 +145,7 @@ def waterfall_row(
         "and the integer network, and before the float SNN, met no attack of their own",
         "unknown": UNKNOWN if contestants.earlier is None else None,
         "steps": steps,
-        "costliest": max(rounding, key=lambda row: row["cost"])["name"] if rounding and loss > 0 else None,
+        "costliest": max(changed, key=changes.__getitem__) if changed and loss > 0 else None,
     }
 
 

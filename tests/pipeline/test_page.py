@@ -335,7 +335,7 @@ def test_numbers_appear_with_intervals_and_counts() -> None:
 def test_curve_waterfall_and_transfer_are_told_in_numbers_and_in_the_words_of_their_plots() -> None:
     html = render_report(full_report(), gallery())
     page = Page(html)
-    for expected in ("the weights cost most", "weights about weights 83.0 %", "−0.74",
+    for expected in ("the weights change the logits of clean images most", "weights about weights 83.0 %", "−0.74",
                      "0.2 (51 codes) a light attack 31.2 %", "4 bits 91.0 % 91.3 % 71.2 %",
                      "not in a bundle"):  # fmt: skip
         assert expected in page.text, expected
