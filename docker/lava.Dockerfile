@@ -16,6 +16,7 @@ WORKDIR /src
 COPY LICENSE README.md pyproject.toml constraints.txt ./
 COPY hardware hardware
 COPY pipeline/__init__.py pipeline/cli.py pipeline/bundle_tables.py pipeline/target_tables.py pipeline/interruption.py pipeline/
+COPY pipeline/commands pipeline/commands
 COPY pipeline/fidelity/__init__.py pipeline/fidelity/tables.py pipeline/fidelity/wording.py pipeline/fidelity/
 RUN python3 -m pip --python /opt/spikeguard/.venv/bin/python3 install --no-cache-dir \
         --constraint constraints.txt ".[serve,verify]" \

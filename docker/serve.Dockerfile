@@ -13,6 +13,7 @@ COPY LICENSE README.md pyproject.toml constraints.txt ./
 COPY hardware hardware
 # Of the pipeline only the command line and what it prints with.
 COPY pipeline/__init__.py pipeline/cli.py pipeline/bundle_tables.py pipeline/target_tables.py pipeline/interruption.py pipeline/
+COPY pipeline/commands pipeline/commands
 COPY pipeline/fidelity/__init__.py pipeline/fidelity/tables.py pipeline/fidelity/wording.py pipeline/fidelity/
 RUN /usr/local/bin/python3 -m pip --python /opt/spikeguard/bin/python3 install --no-cache-dir --no-compile \
         --constraint constraints.txt ".[serve]" \

@@ -93,6 +93,12 @@ def test_the_lava_worker_imports_nothing_of_ours() -> None:
 def test_nothing_imports_the_command_line() -> None:
     everything = [source for package in FORBIDDEN for source in sources(package)]
     assert [str(source) for source in everything if "pipeline.cli" in set(imported_modules(source))] == []
+    own = {ROOT / "pipeline" / "cli.py", *sources("pipeline/commands")}
+    assert [
+        str(source)
+        for source in everything
+        if source not in own and any(name.startswith("pipeline.commands") for name in imported_modules(source))
+    ] == []
 
 
 def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

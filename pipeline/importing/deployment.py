@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exporters.bundle import EXPORT_TARGETS, FLOAT_ONNX_TARGETS, UNROLLED_FILES, refusals, write_bundle
 from hardware.emulator import run_emulator
-from hardware.errors import Missing, RuleViolations, Violation
+from hardware.errors import Missing, RuleViolations, SpikeguardError, Violation
 from hardware.files import sha256_of
 from hardware.formats.bundle import Bundle, open_bundle
 from hardware.formats.nir_file import read_nir
@@ -33,7 +33,7 @@ from pipeline.models.spiking import SpikingNetwork
 from pipeline.quantization import quantize
 from pipeline.statistics import pair, tango_bound, wilson_interval
 
-GOLDEN, RUNTIME_SAMPLES, BATCH = 8, 8, 64
+GOLDEN, RUNTIME_SAMPLES, BATCH, DEFAULT_BITS = 8, 8, 64, 8
 CONFIDENCE = 0.95
 READ, INTEGERS = "float graph", "integer network"
 UNROLLED = Violation(
@@ -91,7 +91,7 @@ def import_nir(
     *,
     written_by: str | None = None,
     assumed: Sequence[str] = (),
-    bits: int = 8,
+    bits: int | None = None,
     data: Path | None = None,
     seed: int = 0,
 ) -> Imported:
@@ -104,17 +104,23 @@ def import_nir(
         target: a key of ``EXPORT_TARGETS``.
         folder: of the bundle.
         written_by, assumed: see :func:`~pipeline.importing.conventions.conventions_of`.
-        bits: of the weights.
+        bits: of the weights; 8 if not given.
         data: .npz with inputs and perhaps labels; without it, noise.
         seed: of the order of the samples, or of the noise.
 
     Raises:
+        SpikeguardError: if something is said of a file of this project.
         RuleViolations: for all that NIR leaves open and nobody said; for every node that cannot be deployed; if none
             of the target's files can hold the network.
     """
     file = read_nir_graph(path)
     facts: dict[str, Any] = {"imported": {"sha256": sha256_of(path), "written_by": written_by}, "seed": seed}
     if METADATA_KEY in file.metadata:
+        if written_by or assumed or bits:
+            raise SpikeguardError(
+                f"{path} was written by this project: its integers and their meaning stand in it; "
+                "leave out --written-by, --assume and --bits"
+            )
         deployed = read_nir(path)
         samples = _samples(data, deployed.input, deployed.steps, seed)
         return _deploy(deployed, None, samples, target, folder, {**facts, "samples": samples.source})
@@ -124,7 +130,7 @@ def import_nir(
     spec = InputSpec(network.graph.input_shape, network.graph.max_code)
     samples = _samples(data, spec, conventions.steps, seed)
     facts["samples"] = samples.source
-    quantized = quantize(network, samples.calibration, bits, facts)
+    quantized = quantize(network, samples.calibration, bits or DEFAULT_BITS, facts)
     facts["attribution"] = [asdict(row) for row in quantized.attribution]
     return _deploy(quantized.network, network, samples, target, folder, facts)
 

@@ -138,7 +138,7 @@ class _Lowering:
     def _name(self, node: str) -> str:
         plain = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in node)
         name = plain.strip("_") or "neurons"
-        while name in RESERVED or name in self.nodes or name in dir(dict):
+        while name in RESERVED or name in self.nodes:
             name += "_"
         return name
 

@@ -6,8 +6,9 @@ that a convolution here can have, its matrix is written out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -100,9 +101,7 @@ class Current:
         synapses = []
         for synapse in self.synapses:
             base = self.bases[synapse.source]
-            weight, stride, padding = torch.from_numpy(synapse.weight), synapse.stride, synapse.padding
-            matrix = _matrix(base, size, lambda x, w=weight, s=stride, p=padding: F.conv2d(x, w, None, s, p))
-            synapses.append(RealSynapse(synapse.source, "dense", matrix))
+            synapses.append(RealSynapse(synapse.source, "dense", _matrix(base, size, partial(_convolve, synapse))))
         bias = np.repeat(self.bias, size // len(self.bias))
         return replace(self, synapses=tuple(synapses), bias=bias)
 
@@ -305,14 +304,17 @@ def _pool_after(synapse: RealSynapse, side: int, factor: float) -> RealSynapse:
     return replace(synapse, weight=wide * factor / side**2, stride=stride * side)
 
 
-def _matrix(image: Shape, outputs: int, operation: object) -> Float64Array:
+def _matrix(image: Shape, outputs: int, operation: Callable[[torch.Tensor], torch.Tensor]) -> Float64Array:
     """The matrix ``(out, in)`` of a linear operation on images."""
     inputs = int(np.prod(image))
     _require_small(inputs * outputs)
-    assert callable(operation)
     columns = operation(torch.eye(inputs, dtype=torch.float64).reshape(inputs, *image))
     matrix: Float64Array = columns.reshape(inputs, outputs).T.numpy()
     return np.ascontiguousarray(matrix)
+
+
+def _convolve(synapse: RealSynapse, images: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(images, torch.from_numpy(synapse.weight), None, synapse.stride, synapse.padding)
 
 
 def _require_small(weights: int) -> None:

@@ -91,11 +91,7 @@ class SynapticCurrent(nn.Module):
 
     def sequence(self, entering: Tensor, steps: int) -> Tensor:
         """Currents ``(steps, samples, ...)`` of what enters, ``(steps, ...)`` or ``(1, ...)`` if always the same."""
-        current, currents = torch.zeros_like(entering[0]), []
-        for step in range(steps):
-            current = self.alpha * current + entering[step if len(entering) > 1 else 0]
-            currents.append(current)
-        return torch.stack(currents)
+        return _leaky_sums(self.alpha, entering, steps)
 
 
 class LeakyReadout(nn.Module):
@@ -111,7 +107,12 @@ class LeakyReadout(nn.Module):
 
     def sequence(self, current: Tensor, steps: int) -> Tensor:
         """Membranes after the last step, ``(1, samples, ...)``; arguments as of :class:`SynapticCurrent`."""
-        membrane = torch.zeros_like(current[0])
-        for step in range(steps):
-            membrane = self.beta * membrane + current[step if len(current) > 1 else 0]
-        return membrane[None]
+        return _leaky_sums(self.beta, current, steps)[-1:]
+
+
+def _leaky_sums(kept: float, entering: Tensor, steps: int) -> Tensor:
+    total, totals = torch.zeros_like(entering[0]), []
+    for step in range(steps):
+        total = kept * total + entering[step if len(entering) > 1 else 0]
+        totals.append(total)
+    return torch.stack(totals)

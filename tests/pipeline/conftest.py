@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import cli
+from pipeline.commands import terminal
 from pipeline.data import load_digits
 
 ROOT = Path(__file__).parents[2]
@@ -98,8 +99,8 @@ Call = Callable[..., Answer]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
     """The command line in this process, on a terminal wide enough not to break words."""
-    monkeypatch.setattr(cli, "out", Console(width=300))
-    monkeypatch.setattr(cli, "errors", Console(width=300, stderr=True))
+    monkeypatch.setattr(terminal, "out", Console(width=300))
+    monkeypatch.setattr(terminal, "errors", Console(width=300, stderr=True))
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Answer:

@@ -22,11 +22,12 @@ from hardware.reference import run_reference
 from hardware.surrogates import TRIANGLE
 from hardware.targets.loihi2 import LOIHI2
 from hardware.targets.rules import placement
-from pipeline import cli, training
+from pipeline import training
 from pipeline.attacks import ensemble
 from pipeline.attacks.ensemble import Member
 from pipeline.attacks.search import Crafted
 from pipeline.attacks.targets import Codes, FloatTarget, Labels, to_images
+from pipeline.commands import terminal
 from pipeline.config import FidelityConfig, validate_config
 from pipeline.data import Dataset
 from pipeline.fidelity import crafting
@@ -378,7 +379,7 @@ class TestReport:
             assert len(table.rows) == rows
             console = Console(width=100)
             with console.capture() as capture:
-                console.print(cli._table(*table))
+                console.print(terminal.table(*table))
             lines = [line for line in capture.get().splitlines() if line.startswith("│")]
             assert len(lines) == rows, capture.get()  # no cell was folded
             for line, cells in zip(lines, table.rows, strict=True):

@@ -192,6 +192,9 @@ def test_a_file_of_our_own_says_all_and_stays_as_it_is(tmp_path: Path) -> None:
     result = import_nir(tmp_path / "m.nir", "all", tmp_path / "b")
     assert same_network(replace(result.bundle.network, provenance=mine.provenance), mine)
     assert {NIR_FILE, ONNX_FILE} <= set(result.bundle.manifest.files)
+    for said in ({"written_by": "norse"}, {"assumed": ("steps=3",)}, {"bits": 4}):
+        with pytest.raises(SpikeguardError, match="written by this project"):
+            import_nir(tmp_path / "m.nir", "all", tmp_path / "other", **said)  # type: ignore[arg-type]
 
 
 def test_the_command_asks_for_all_that_nir_leaves_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,9 +210,11 @@ def test_the_command_asks_for_all_that_nir_leaves_open(tmp_path: Path, capsys: p
         main(["export", str(path), "--written-by", "nobody"])
     assert stopped.value.code == 2
     assert "norse" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        main(["export", str(tmp_path), "--written-by", "norse"])
-    assert stopped.value.code == 2
+    for refused in (["--written-by", "norse"], ["--bits", "4"], ["--name", "mine"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", str(tmp_path), *refused])
+        assert stopped.value.code == 2
+        assert refused[0] in capsys.readouterr().err
 
 
 def test_the_command_shows_what_became_of_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
