@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hardware.bounds import FLOAT32_INTEGERS, synaptic_magnitudes
+from hardware.bounds import FLOAT32_INTEGERS, current_bounds, synaptic_magnitudes
 from hardware.errors import Violation
-from hardware.network import IntegerNetwork
+from hardware.network import STATE_LIMIT, IntegerNetwork
 
 
 def largest_sums(network: IntegerNetwork) -> dict[str, int]:
@@ -36,3 +36,14 @@ def float32_violations(network: IntegerNetwork, populations: set[str] | None = N
         for name, largest in largest_sums(network).items()
         if largest * network.steps >= FLOAT32_INTEGERS and (populations is None or name in populations)
     ]
+
+
+def current_violations(network: IntegerNetwork) -> list[Violation]:
+    """Leaky populations whose accumulated current may leave 24 bits, as graphs keep it without wrapping or clipping."""
+    problems = []
+    for name, bounds in current_bounds(network).items():
+        low, high = bounds.range
+        if network.by_name[name].is_leaky and max(-low, high) > STATE_LIMIT:
+            rule, actual = "accumulated current stays within 24 bits", f"{low:,}..{high:,}"
+            problems.append(Violation(name, rule, actual, f"+-{STATE_LIMIT:,}", "quantise with a smaller scale"))
+    return problems

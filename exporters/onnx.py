@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporters.magnitudes import float32_violations, largest_sums
+from exporters.magnitudes import current_violations, float32_violations, largest_sums
 from exporters.onnx_graph import STATE_UNIT, NetworkGraph
-from hardware.bounds import FLOAT32_INTEGERS, current_bounds, prove
+from hardware.bounds import FLOAT32_INTEGERS, prove
 from hardware.errors import RuleViolations, Violation
 from hardware.network import DECAY_UNITY, FRACTION_BITS, INPUT, STATE_LIMIT, IntegerNetwork, Population, Synapse
 
@@ -117,14 +117,7 @@ def write_step_onnx(network: IntegerNetwork, path: Path) -> None:
 
 def onnx_violations(network: IntegerNetwork) -> list[Violation]:
     """What float32 would not compute exactly in every step."""
-    problems = []
-    currents = current_bounds(network)
-    for population in network.populations:
-        low, high = currents[population.name].range
-        if population.is_leaky and max(-low, high) > STATE_LIMIT:
-            rule, actual = "accumulated current stays within 24 bits", f"{low:,}..{high:,}"
-            remedy = "quantise with a smaller scale"
-            problems.append(Violation(population.name, rule, actual, f"+-{STATE_LIMIT:,}", remedy))
+    problems = current_violations(network)
     for name, largest in largest_sums(network).items():
         if largest >= FLOAT32_INTEGERS:
             rule, limit = "sums of one step are exact in float32", f"below {FLOAT32_INTEGERS:,}"

@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from exporters.magnitudes import largest_sums
+from exporters.magnitudes import current_violations, largest_sums
 from exporters.onnx_graph import STATE_UNIT, NetworkGraph
-from hardware.bounds import current_bounds, prove
+from hardware.bounds import prove
 from hardware.errors import RuleViolations, Violation
 from hardware.network import INPUT, STATE_LIMIT, IntegerNetwork, Population, Synapse
 
@@ -79,11 +79,10 @@ def write_int8_onnx(network: IntegerNetwork, path: Path) -> None:
 
 def int8_violations(network: IntegerNetwork) -> list[Violation]:
     """What the graph would not compute exactly."""
-    problems = []
+    problems = current_violations(network)
     if network.steps > MAX_STEPS and not network.readout.is_leaky:
         rule = "spikes of all steps are counted in a byte"
         problems.append(Violation("network", rule, str(network.steps), f"{MAX_STEPS} steps", "run fewer steps"))
-    currents = current_bounds(network)
     for population in network.populations:
         name, largest = population.name, largest_sums(network)[population.name]
         if largest >= STEP_LIMIT:
@@ -94,10 +93,6 @@ def int8_violations(network: IntegerNetwork) -> list[Violation]:
             rule, actual = "sums over all steps fit int32", f"up to {largest * network.steps:,}"
             remedy = "quantise with a smaller scale, or run fewer steps"
             problems.append(Violation(name, rule, actual, f"below {TOTAL_LIMIT:,}", remedy))
-        low, high = currents[name].range
-        if population.is_leaky and max(-low, high) > STATE_LIMIT:
-            rule, actual = "accumulated current stays within 24 bits", f"{low:,}..{high:,}"
-            problems.append(Violation(name, rule, actual, f"+-{STATE_LIMIT:,}", "quantise with a smaller scale"))
     return problems
 
 
