@@ -5,8 +5,8 @@ The first argument is a preset: its run is trained where it is not there yet, in
 
 - the naturally trained ANN, and the adversarially trained one that the method starts from;
 - the SNN converted from it and fine-tuned;
-- an SNN of the same topology trained from fresh weights with the fine-tuning loss, for as many epochs as fit into the
-  time that ANN training, conversion and fine-tuning took together.
+- an SNN of the same topology trained from fresh weights as the other is fine-tuned (loss, schedule, averages), for as
+  many epochs as fit into the time that ANN training, conversion and fine-tuning took together.
 
 Attacks run on the test images of the preset, ``strong`` on the first ``--strong-images`` of them; results are kept
 in the run's folder, one file for each network, and reused.
@@ -156,14 +156,15 @@ def _natural(run: Run) -> Trained:
 
 
 def _direct(run: Run, epochs: int) -> Trained:
-    """The learning rate is that of the ANN stage: weights are fresh."""
+    """The learning rate is the larger one of the two stages: weights are fresh."""
 
     def train(folder: Path) -> None:
         settings = run.config.finetuning
         start = start_network(run)
         assert isinstance(start, RateNetwork)
         network = convert(start, settings.steps)
-        schedule = Schedule(epochs, settings.batch_size, run.config.training.learning_rate, settings.weight_decay)
+        rate = max(run.config.training.learning_rate, settings.learning_rate)
+        schedule = Schedule(epochs, settings.batch_size, rate, settings.weight_decay, settings.averaging)
         finetune(
             network,
             finetuning_objective(settings),
