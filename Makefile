@@ -60,9 +60,11 @@ check-page: setup ## The report page in Chromium, light, dark, on a phone and pr
 bench: setup ## The measurements of tests/benchmarks
 	@set -e; for script in tests/benchmarks/bench_*.py; do \
 	  echo "== $$script"; $(BIN)/python -m "tests.benchmarks.$$(basename "$$script" .py)"; done; \
-	if [ -z "$(DATA_DIR)" ]; then echo '=== NO DATA_DIR: nothing was measured on Fashion-MNIST ===' >&2; exit; fi; \
-	$(BIN)/python -m tests.benchmarks.bench_method fashion-mnist --data-dir "$(DATA_DIR)" --seeds 1 --images 1000; \
-	$(BIN)/python -m tests.benchmarks.bench_integers fashion-mnist --data-dir "$(DATA_DIR)"
+	if [ -z "$(DATA_DIR)" ]; then echo '=== NO DATA_DIR: nothing was measured on MNIST and Fashion-MNIST ===' >&2; exit; fi; \
+	for preset in fashion-mnist mnist; do \
+	  $(BIN)/python -m tests.benchmarks.bench_method $$preset --data-dir "$(DATA_DIR)" --seeds 1 --images 1000 \
+	    --strong-images 300; done; \
+	$(BIN)/python -m tests.benchmarks.bench_integers fashion-mnist --data-dir "$(DATA_DIR)" --images 1000 --bits 8 4
 
 clean: ## Remove both environments and what tools left behind; runs/ stays
 	@rm -rf .venv .venv-lava build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,7 +37,8 @@ def notes_of(result: SweepResult) -> tuple[str, ...]:
     steps = result.subject.network.steps
     untrained = f"Fine-tuned for T = {steps} only; at every other T the same weights and thresholds run as they are."
     epochs = _integer_epochs(result)
-    learned = [f"The integers of every row learned on for {epochs} epochs of training images."] if epochs else []
+    length = "one epoch" if epochs == 1 else f"{epochs} epochs"
+    learned = [f"The integers of every row learned on for {length} of training images."] if epochs else []
     return (untrained, *learned, *NOTES)
 
 
